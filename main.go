@@ -1,0 +1,2074 @@
+/*
+Chat is a web chat room in one program.
+
+	chat                            a room in this process, at http://localhost:8989
+	chat -redis localhost:6379      the same room on every process that shares this Redis
+
+People log in with a name, write, and read what everybody writes. A browser sends with POST
+and receives by server-sent events (the HTML standard, section 9.2); between processes the
+messages travel through Redis PUBLISH and SUBSCRIBE.
+
+# Flags
+
+	-addr host:port      address to listen on (default ":8989")
+	-redis server        share the room: host:port, or a redis:// or rediss:// URL;
+	                     when absent, $REDIS_URL; when that is empty, a room in memory
+	-channel name        Redis channel of the room (default "chat")
+	-history n           messages that a newcomer gets, at most 4096 (default 200)
+	-rate n              messages a second for one sender after a burst of 10, and with it the
+	                     limits on logging in; 0 is no limit (default 5)
+	-origin url          origin to trust, behind a proxy that changes the Host header
+	-version             print the version and exit
+	-h                   print the flags and exit
+
+	$CHAT_KEY            key that signs the session cookies (default: drawn at random, and
+	                     shared through Redis)
+	$CHAT_PASSWORD       password of the room (default: none, the room is open)
+
+# HTTP
+
+	GET  /               the chat page; without a session 303 to /login
+	GET  /login          the form; POST it with user= (and password=): 303 and a cookie
+	POST /logout         303, the cookie gone
+	POST /post           message=: 204 when the message is in the room. With an Idempotency-Key
+	                     header (16 to 64 of A-Z a-z 0-9 _ -) the same key is the same message
+	GET  /stream         recent messages, then live ones, as text/event-stream. After the id in
+	                     Last-Event-ID (or ?after=): just what follows it, from any process.
+	                     ?wait=25s ends after the first messages, or 25 s (long polling);
+	                     ?wait=0 ends at once (polling)
+	GET  /lesson         the three ways to receive, side by side
+	GET  /healthz        200 ok, or 503 and why
+
+A message on the stream is
+
+	id: 4VXCQ6ZTJ5MHN3D2KAEWRYB7UF
+	data: [12:34:56] 小明: 你好
+
+with a data line for each line of the text. Three more events have a name and empty data:
+ping (up to date; then again after 15 s of silence), wait (the id you came with is not known
+here yet) and gap (what follows does not join what you had).
+
+# Redis
+
+	channel chat         the line and nothing else: [12:34:56] 小明: 你好
+	channel chat:id      the id of the line that comes next on chat
+	channel chat:probe   proof that what is published here comes back
+	list    chat:history id, space, line; the newest 4096, newest last
+	string  chat:key     the key of the cookies
+
+What other programs publish on chat is shown too. A line break of the text is U+2028 in Redis.
+
+# What is kept
+
+Nothing on disk. The newest 4096 messages live in each process, and in the Redis list.
+
+# Reading order
+
+The file is told from the outside in: start, the log, frames and cleaning, sessions, limits,
+Redis, the server and its handlers, the stream. The idea is in Log: a message is encoded once,
+readers are positions in one ring, and an id names a message, so whoever has it drops a copy.
+*/
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"embed"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"html/template"
+	"io"
+	"io/fs"
+	"log"
+	"math"
+	mathrand "math/rand/v2"
+	"mime"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/signal"
+	"path"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+const (
+	ringSize   = 4096     // messages that the log, the Redis list and the memory of ids hold
+	pageSize   = 16 << 10 // bytes of frames that lie side by side, and so of one write
+	maxName    = 24       // code points of a name
+	maxMessage = 4000     // code points of a message
+	maxLine    = 4100     // code points of a line from Redis; time, name and message fit
+	maxBody    = 64 << 10 // bytes of a form
+	maxHeader  = 16 << 10 // bytes of a request's header
+
+	heartbeat    = 15 * time.Second // silence after which every stream gets a ping
+	writeTimeout = 30 * time.Second // one write of a page to a reader
+	writeRenew   = 15 * time.Second // how late a write's deadline may be, to set it rarely
+	sendBuffer   = 32 << 10         // bytes the kernel keeps for a reader; Linux doubles it
+	unknownGrace = 2 * time.Second  // how long an unknown id may be on its way from Redis
+	maxWait      = time.Minute      // longest ?wait=
+	sessionLife  = 30 * 24 * time.Hour
+	stopTimeout  = 600 * time.Millisecond // what shutdown leaves to answers under way
+
+	confirmTimeout = 2 * time.Second        // from POST to the message coming back
+	redisTimeout   = 2 * time.Second        // dial, and one command
+	listTimeout    = 10 * time.Second       // the whole history, which may be 64 MB
+	redisSilence   = 5 * time.Second        // silence after which a probe goes out
+	probeTimeout   = 2 * time.Second        // within which it must come back
+	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
+	maxBackoff     = 2 * time.Second        // this
+	restoreTries   = 5                      // of writing the list back against others
+	batchSize      = 64                     // posts that share one round trip to Redis
+
+	spareFiles = 24 // descriptors that connections must leave: Redis and its redial, the listener
+	busyConns  = 8  // connections kept to answer 503 when all others are taken
+)
+
+//go:embed assets
+var assets embed.FS
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	var usage usageError
+	if errors.As(err, &usage) {
+		fmt.Fprintf(os.Stderr, "chat: %v (chat -h lists the flags)\n", err)
+		os.Exit(2)
+	} else if err != nil {
+		fmt.Fprintf(os.Stderr, "chat: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+// run is the whole program: it serves the room until ctx ends, then returns nil. A mistake in
+// args or the environment is a usageError.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	cfg, err := configure(args, getenv, stdout)
+	if err != nil || cfg == nil {
+		return err
+	}
+	s, err := newServer(ctx, cfg, log.New(stderr, "", log.LstdFlags).Printf)
+	if err != nil {
+		return err
+	}
+	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", cfg.addr)
+	if err != nil {
+		return fmt.Errorf("listening on %s: %w; another address is chosen with -addr, such as -addr :8990", cfg.addr, cause(err))
+	}
+	s.urls = roomURLs(ln.Addr())
+	fmt.Fprintf(stdout, "chat: open %s\n", strings.Join(s.urls, " or "))
+	fmt.Fprintf(stdout, "chat: %s\n", cfg.where())
+
+	var redisDone sync.WaitGroup
+	if s.broker != nil {
+		redisDone.Go(func() { s.broker.run(ctx) })
+	}
+	srv := s.httpServer(ctx)
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(ln) }()
+	select {
+	case err = <-served: // the listener broke; nobody asked it to stop
+	case <-ctx.Done():
+		s.shutdown(srv)
+		redisDone.Wait()
+	}
+	return err
+}
+
+// A config is what flags and environment say.
+type config struct {
+	addr, channel, origin string
+	redis                 *url.URL // nil: a room in memory
+	history               int
+	rate                  float64
+	key, password         string
+}
+
+// A usageError is a mistake in how the program was called. It never contains an argument that
+// may hold a password.
+type usageError struct{ error }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// configure reads flags and environment. It returns nil and no error when the answer was to
+// print the manual or the version.
+func configure(args []string, getenv func(string) string, stdout io.Writer) (*config, error) {
+	c := &config{key: getenv("CHAT_KEY"), password: getenv("CHAT_PASSWORD")}
+	flags := flag.NewFlagSet("chat", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&c.addr, "addr", ":8989", "address to listen on, `host:port`")
+	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or rediss:// URL\n(default $REDIS_URL; when that is empty, a room in memory)")
+	flags.StringVar(&c.channel, "channel", "chat", "Redis channel `name` of the room")
+	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
+	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n0 turns this and the limits on logging in off")
+	flags.StringVar(&c.origin, "origin", "", "origin `url` to trust, behind a proxy that changes the Host header")
+	version := flags.Bool("version", false, "print the version and exit")
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
+		flags.SetOutput(stdout)
+		flags.PrintDefaults()
+		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, CHAT_PASSWORD closes the room.\n")
+		return nil, nil
+	} else if err != nil {
+		return nil, usagef("%s", redact(err.Error()))
+	}
+	if *version {
+		fmt.Fprintln(stdout, versionLine())
+		return nil, nil
+	}
+	if flags.NArg() > 0 {
+		return nil, usagef("unexpected argument %q", redact(flags.Arg(0)))
+	}
+	var err error
+	if text := cmp.Or(*server, getenv("REDIS_URL")); text != "" {
+		if c.redis, err = parseRedis(text); err != nil {
+			return nil, err
+		}
+	}
+	return c, c.check()
+}
+
+// check refuses values that cannot work.
+func (c *config) check() error {
+	_, port, err := net.SplitHostPort(c.addr)
+	if n, bad := strconv.ParseUint(port, 10, 16); err != nil || bad != nil && !isWord(port) || n > 65535 {
+		return usagef("-addr wants host:port or :port, not %q", redact(c.addr))
+	}
+	if c.history < 0 || c.history > ringSize {
+		return usagef("-history wants 0 to %d, not %d", ringSize, c.history)
+	}
+	if !(c.rate >= 0) || math.IsInf(c.rate, 0) || c.rate > 0 && c.rate < 0.001 {
+		return usagef("-rate wants messages a second, or 0 for no limit, not %v", c.rate)
+	}
+	if c.channel == "" || strings.ContainsFunc(c.channel, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }) {
+		return usagef("-channel wants a name without spaces, not %q", redact(c.channel))
+	}
+	if c.origin != "" && new(http.CrossOriginProtection).AddTrustedOrigin(c.origin) != nil {
+		return usagef("-origin wants scheme://host[:port], not %q", redact(c.origin))
+	}
+	return nil
+}
+
+func isWord(s string) bool {
+	return s != "" && !strings.ContainsFunc(s, func(r rune) bool { return r < 'a' || r > 'z' })
+}
+
+// parseRedis reads the value of -redis. Its errors do not repeat the value, which may hold a
+// password.
+func parseRedis(text string) (*url.URL, error) {
+	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as localhost:6379")
+	if !strings.Contains(text, "://") {
+		text = "redis://" + text
+		if u, err := url.Parse(text); err != nil || u.Port() == "" || u.Path != "" {
+			return nil, bad
+		}
+	}
+	u, err := url.Parse(text)
+	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Opaque != "" || u.Host == "" {
+		return nil, bad
+	}
+	if db := strings.Trim(u.Path, "/"); db != "" {
+		if n, err := strconv.Atoi(db); err != nil || n < 0 {
+			return nil, bad
+		}
+	}
+	return u, nil
+}
+
+// redact hides what stands where a URL has user and password.
+func redact(s string) string {
+	at := strings.LastIndexByte(s, '@')
+	if at < 0 {
+		return s
+	}
+	start := 0
+	if i := strings.Index(s[:at], "//"); i >= 0 {
+		start = i + 2
+	}
+	return s[:start] + "…" + s[at:]
+}
+
+// where says in a few words where the room lives.
+func (c *config) where() string {
+	if c.redis == nil {
+		return "room in memory; it ends with this process"
+	}
+	shown := url.URL{Scheme: c.redis.Scheme, Host: c.redis.Host, Path: c.redis.Path}
+	return fmt.Sprintf("room shared through %s, channel %q", shown.String(), c.channel)
+}
+
+func versionLine() string {
+	version, commit := "(devel)", ""
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "chat " + version
+	}
+	version = cmp.Or(info.Main.Version, version)
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			commit = ", commit " + s.Value
+		}
+	}
+	return "chat " + version + commit + ", " + info.GoVersion
+}
+
+// cause strips the address and the system call from a network error.
+func cause(err error) error {
+	var sys *os.SyscallError
+	if errors.As(err, &sys) {
+		return sys.Err
+	}
+	return err
+}
+
+// roomURLs lists the addresses at which the room can be opened, the likeliest first: this
+// machine, then the address it would use towards others, then its further interfaces.
+func roomURLs(addr net.Addr) []string {
+	tcp := addr.(*net.TCPAddr)
+	at := func(host string) string { return "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port)) }
+	if !tcp.IP.IsUnspecified() {
+		return []string{at(tcp.IP.String())}
+	}
+	var ips []netip.Addr
+	// Connecting a UDP socket sends nothing; it asks the kernel for a route.
+	if c, err := net.Dial("udp4", "192.0.2.1:9"); err == nil {
+		ips = append(ips, c.LocalAddr().(*net.UDPAddr).AddrPort().Addr())
+		c.Close()
+	}
+	all, _ := net.InterfaceAddrs()
+	for _, a := range all {
+		prefix, err := netip.ParsePrefix(a.String())
+		if ip := prefix.Addr(); err == nil && ip.IsGlobalUnicast() && (ip.Is4() || tcp.IP.To4() == nil) {
+			ips = append(ips, ip)
+		}
+	}
+	slices.SortStableFunc(ips, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
+	urls := []string{at("localhost")}
+	for _, ip := range ips {
+		if u := at(ip.String()); !slices.Contains(urls, u) {
+			urls = append(urls, u)
+		}
+	}
+	return urls
+}
+
+// fileLimit returns how many descriptors the process may open. Linux tells; elsewhere Go has
+// already raised the limit to more than the answer here.
+func fileLimit() int {
+	limits, _ := os.ReadFile("/proc/self/limits")
+	for line := range strings.Lines(string(limits)) {
+		if rest, ok := strings.CutPrefix(line, "Max open files"); ok {
+			if n, err := strconv.Atoi(strings.Fields(rest)[0]); err == nil {
+				return n
+			}
+		}
+	}
+	return 8192
+}
+
+// A Log holds the newest messages of the room, encoded once, in one order. Readers are cursors:
+// each holds a position and reads on from there, so a newcomer, a reader that comes back, a slow
+// one and a live one are the same, and no reader costs the log anything.
+//
+// Whoever waits, waits on a channel that is closed at the next event. An id names one message:
+// a second one under the same id is dropped.
+type Log struct {
+	history int           // messages a newcomer gets
+	grace   time.Duration // how long an unknown id may be on its way; 0 in memory
+
+	mu     sync.Mutex
+	ring   []entry           // the entry at position p is ring[p%ringSize]
+	oldest uint64            // position of the oldest entry held
+	next   uint64            // position of the next entry
+	index  map[string]uint64 // id of each message held → its position
+	newest string            // id of the newest announced message, or "0"; outlives the ring
+	count  int               // announced messages held
+	page   *page             // where the next frame goes
+	wake   chan struct{}     // closed and replaced when anything below or above changes
+	beat   *time.Timer       // wakes everybody after silence
+	joined time.Time         // since when messages flow; zero while Redis is away
+	begun  bool              // it was joined once, so its history is the room's
+	closed bool
+}
+
+// An entry is a message, or a gap if it has no id.
+type entry struct {
+	message
+	page *page
+	off  int // of its frame in the page
+}
+
+// A message is a line of the room, its line breaks LF, under its id.
+type message struct{ id, line string }
+
+// announced tells a message that an id announced from one that another program published; the
+// id of such a foreign message has a dot, which no Idempotency-Key can have.
+func (m message) announced() bool { return m.id != "" && !strings.Contains(m.id, ".") }
+
+// A page is a stretch of frames in memory. It is only ever appended to, within its capacity,
+// so what a reader got of it stays as it was.
+type page struct {
+	buf  []byte
+	next uint64 // position after the page's last entry
+}
+
+// A cursor is the place of one reader.
+type cursor struct {
+	pos   uint64 // position to read next
+	fresh uint64 // gaps before this position are none to this reader: it came later
+}
+
+// lost is the cursor of a reader whose place is not in the log.
+var lost = cursor{pos: math.MaxUint64}
+
+// newLog returns an empty log. Nobody gets anything from it until join is called.
+func newLog(history int, grace time.Duration) *Log {
+	l := &Log{history: history, grace: grace, ring: make([]entry, ringSize),
+		index: map[string]uint64{}, newest: "0", wake: make(chan struct{})}
+	l.beat = time.AfterFunc(heartbeat, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.broadcast()
+	})
+	return l
+}
+
+// broadcast wakes everybody who waits. The caller holds mu.
+func (l *Log) broadcast() {
+	close(l.wake)
+	l.wake = make(chan struct{})
+	if !l.closed {
+		l.beat.Reset(heartbeat)
+	}
+}
+
+// at returns the entry at a position that is held. The caller holds mu.
+func (l *Log) at(pos uint64) *entry { return &l.ring[pos%ringSize] }
+
+// add puts a message, or a gap, at the end. The caller holds mu, has seen that the id is not
+// known, and wakes the readers.
+func (l *Log) add(m message) {
+	if l.next-l.oldest == ringSize {
+		old := l.at(l.oldest)
+		delete(l.index, old.id)
+		if old.announced() {
+			l.count--
+		}
+		l.oldest++
+	}
+	frame, size := gapFrame, len(gapFrame) // a gap has a page of its own, so that it can be left out
+	if m.id != "" {
+		frame = encode(m)
+		size = max(pageSize, len(frame))
+		l.index[m.id] = l.next
+	}
+	if m.announced() {
+		l.newest = m.id
+		l.count++
+	}
+	if l.page == nil || len(l.page.buf)+len(frame) > cap(l.page.buf) {
+		l.page = &page{buf: make([]byte, 0, size)}
+	}
+	*l.at(l.next) = entry{m, l.page, len(l.page.buf)}
+	l.page.buf = append(l.page.buf, frame...)
+	l.next++
+	l.page.next = l.next
+}
+
+// append adds the message unless its id is known.
+func (l *Log) append(m message) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, known := l.index[m.id]; !known {
+		l.add(m)
+		l.broadcast()
+	}
+}
+
+// merge takes in what the room's list in Redis holds and this log does not. When the list has
+// not got this log's newest message, the log has missed some, and says so by a gap; a list that
+// is empty was forgotten and says nothing. It reports whether the list has every announced
+// message of the log.
+func (l *Log) merge(list []message) (complete bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	defer l.broadcast()
+	listed := map[string]bool{}
+	for _, m := range list {
+		listed[m.id] = true
+	}
+	switch {
+	case l.next == 0 && len(list) >= ringSize:
+		l.next, l.oldest = 1, 1 // a full list may have lost its head: cursor 0 is before it
+	case l.newest != "0" && len(list) > 0 && !listed[l.newest] && l.at(l.next-1).id != "":
+		l.add(message{})
+	}
+	for _, m := range list {
+		if _, known := l.index[m.id]; !known {
+			l.add(m)
+		}
+	}
+	for pos := l.oldest; pos < l.next; pos++ {
+		if m := l.at(pos); m.announced() && !listed[m.id] {
+			return false
+		}
+	}
+	return true
+}
+
+// announced returns the announced messages held, oldest first.
+func (l *Log) announced() []message {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	list := make([]message, 0, l.count)
+	for pos := l.oldest; pos < l.next; pos++ {
+		if m := l.at(pos).message; m.announced() {
+			list = append(list, m)
+		}
+	}
+	return list
+}
+
+// head returns the id of the newest announced message, or "0", and how many are held.
+func (l *Log) head() (newest string, count int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.newest, l.count
+}
+
+// join says that messages flow from now on, leave that they do not.
+func (l *Log) join()  { l.change(func() { l.joined, l.begun = time.Now(), true }) }
+func (l *Log) leave() { l.change(func() { l.joined = time.Time{} }) }
+
+// close ends every reader once it has read to the end.
+func (l *Log) close() { l.change(func() { l.closed = true; l.beat.Stop() }) }
+
+func (l *Log) change(set func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	set()
+	l.broadcast()
+}
+
+// has tells whether the message is here, and returns the channel to wait on if it is not.
+func (l *Log) has(id string) (known bool, wake <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, known = l.index[id]
+	return known, l.wake
+}
+
+// A place is what the log says of an id that a reader came with.
+type place struct {
+	cursor cursor
+	known  bool
+	joined time.Time       // since when the log is joined; zero while it is not
+	wake   <-chan struct{} // to wait on if it is not known; nil when the log is closed
+}
+
+// find looks up where a reader goes on: after the message it names, at the beginning for "0",
+// with the history for "". A foreign message that is not known here is looked for by the
+// announced one before it. What cannot be an id has no place, which is known at once; nothing
+// is known before the first join.
+func (l *Log) find(id string) place {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p := place{joined: l.joined, wake: l.wake}
+	if l.closed {
+		p.wake = nil
+	}
+	base, _, _ := strings.Cut(id, ".")
+	pos, exact := l.index[id]
+	basePos, near := l.index[base]
+	switch {
+	case !l.begun:
+	case id == "":
+		p.cursor, p.known = l.recent(), true
+	case exact:
+		p.cursor, p.known = cursor{pos: pos + 1}, true
+	case near:
+		p.cursor, p.known = cursor{pos: basePos + 1}, true
+	case base == "0":
+		p.known = true
+	case !validID(id):
+		p.cursor, p.known = lost, true
+	}
+	return p
+}
+
+// recent is a newcomer's cursor, before the newest messages. The caller holds mu.
+func (l *Log) recent() cursor {
+	pos := l.next
+	for n := 0; pos > l.oldest && n < l.history; pos-- {
+		if l.at(pos-1).id != "" {
+			n++
+		}
+	}
+	return cursor{pos: pos, fresh: l.next}
+}
+
+// read returns the next frames, at most a page, and moves the cursor behind them. A reader that
+// fell off the ring's end gets the gap, and goes on as a newcomer. With wake the reader is at
+// the end and waits there; woken for nothing, it was the heartbeat. Without frames and wake the
+// log is closed.
+func (l *Log) read(c *cursor) (frames []byte, wake <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c.pos < l.oldest || c.pos > l.next {
+		*c = l.recent()
+		return gapFrame, nil
+	}
+	for c.pos < min(l.next, c.fresh) && l.at(c.pos).id == "" {
+		c.pos++
+	}
+	if c.pos < l.next {
+		e := l.at(c.pos)
+		frames, c.pos = e.page.buf[e.off:], e.page.next
+	}
+	if c.pos == l.next && !l.closed {
+		wake = l.wake
+	}
+	return frames, wake
+}
+
+// before returns the id of the newest message before the cursor, "0" if there is none, and ""
+// if the log has forgotten it.
+func (l *Log) before(c cursor) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for pos := c.pos; pos > l.oldest; pos-- {
+		if id := l.at(pos - 1).id; id != "" {
+			return id
+		}
+	}
+	if l.oldest > 0 {
+		return ""
+	}
+	return "0"
+}
+
+// The frames of the events that are not messages. The empty data line makes a browser
+// dispatch them, and without an id they leave its Last-Event-ID alone.
+var (
+	gapFrame  = []byte("event: gap\ndata:\n\n")
+	waitFrame = []byte("event: wait\ndata:\n\n")
+	pingFrame = []byte("event: ping\ndata:\n\n")
+)
+
+// encode returns the frame of a message: a data line for each line of its text.
+func encode(m message) []byte {
+	b := make([]byte, 0, len(m.id)+len(m.line)+32)
+	b = append(append(append(b, "id: "...), m.id...), '\n')
+	for line := range strings.SplitSeq(m.line, "\n") {
+		b = append(append(append(b, "data: "...), line...), '\n')
+	}
+	return append(b, '\n')
+}
+
+// pingAt returns the ping that tells a reader it is up to date as of the message id.
+func pingAt(id string) []byte {
+	if id == "" {
+		return pingFrame
+	}
+	return fmt.Appendf(nil, "event: ping\nid: %s\ndata:\n\n", id)
+}
+
+// retryFrame tells the browser when to come back after the answer has ended: a time between
+// low and twice to four times that, so that a class does not come back in one instant.
+func retryFrame(low, high int) []byte {
+	return fmt.Appendf(nil, "retry: %d\n\n", low+mathrand.IntN(high-low+1))
+}
+
+// validKey tells whether s can be an Idempotency-Key, and so the id of an announced message.
+func validKey(s string) bool {
+	return len(s) >= 16 && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
+		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '_' || r == '-')
+	})
+}
+
+// validID tells whether s can be an id of a message, so that it may be on its way from Redis.
+func validID(s string) bool {
+	base, hash, foreign := strings.Cut(s, ".")
+	return validKey(base) && (!foreign || len(hash) == 8)
+}
+
+// clean returns s as the room shows it: CRLF, CR and U+2028 are line breaks (LF), bytes that
+// are not UTF-8 become U+FFFD, and control characters except tab and those that turn the
+// writing direction are dropped. Of more than limit characters, cut is true and the rest gone.
+func clean(s string, limit int) (text string, cut bool) {
+	var b strings.Builder
+	n := 0
+	for i, r := range s {
+		switch {
+		case r == '\r' && strings.HasPrefix(s[i+1:], "\n"):
+			continue
+		case r == '\r' || r == '\u2028':
+			r = '\n'
+		case r != '\n' && r != '\t' && unicode.In(r, unicode.Cc, unicode.Bidi_Control):
+			continue
+		}
+		if n == limit {
+			return b.String(), true
+		}
+		b.WriteRune(r)
+		n++
+	}
+	return b.String(), false
+}
+
+// invisible tells whether a character alone shows nothing: white space, format characters, the
+// default-ignorable ones of Unicode, and the empty braille pattern.
+func invisible(r rune) bool {
+	return unicode.IsSpace(r) || r == '\u2800' || unicode.In(r, unicode.Cc, unicode.Cf,
+		unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector)
+}
+
+func blank(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return !invisible(r) })
+}
+
+// cleanName returns the name as the room shows it, or the key of the reason why it cannot be
+// one. The brackets and the colon are the grammar of the line.
+func cleanName(s string) (name, reason string) {
+	name = strings.NewReplacer("\ufe0f", "", "\u200d", "").Replace(s)
+	name = strings.Join(strings.Fields(name), " ")
+	switch {
+	case !utf8.ValidString(s):
+		return "", "name_chars"
+	case name == "":
+		return "", "name_empty"
+	case utf8.RuneCountInString(name) > maxName:
+		return "", "name_long"
+	}
+	solid := false
+	for _, r := range name {
+		if strings.ContainsRune(":[]", r) || r != ' ' && invisible(r) ||
+			r != ' ' && !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S) {
+			return "", "name_chars"
+		}
+		solid = solid || unicode.In(r, unicode.L, unicode.N, unicode.S)
+	}
+	if !solid {
+		return "", "name_chars"
+	}
+	return name, ""
+}
+
+// A signer makes and checks the values of session cookies.
+type signer []byte
+
+// newSigner derives the signing key, so that another password is another key and ends every
+// session.
+func newSigner(key, password string) signer {
+	mac := hmac.New(sha256.New, []byte(key))
+	mac.Write([]byte("chat session v1" + password))
+	return mac.Sum(nil)
+}
+
+// A session is what a cookie says: who, until when, and which login it was.
+type session struct {
+	id, name string
+	expires  time.Time
+}
+
+// sign returns the cookie's value: version, expiry, id and name, and the MAC over these as they
+// stand. The name is encoded because http.SetCookie drops what is not ASCII.
+func (k signer) sign(s session) string {
+	body := fmt.Sprintf("v1.%d.%s.%s", s.expires.Unix(), s.id, base64.RawURLEncoding.EncodeToString([]byte(s.name)))
+	return body + "." + k.mac(body)
+}
+
+func (k signer) mac(body string) string {
+	mac := hmac.New(sha256.New, k)
+	mac.Write([]byte(body))
+	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// verify returns the session of a cookie's value. The MAC is compared as text, before anything
+// is decoded: base64 has several spellings of the same bytes.
+func (k signer) verify(value string, now time.Time) (s session, ok bool) {
+	dot := strings.LastIndexByte(value, '.')
+	if dot < 0 || !hmac.Equal([]byte(k.mac(value[:dot])), []byte(value[dot+1:])) {
+		return s, false
+	}
+	part := strings.Split(value[:dot], ".")
+	if len(part) != 4 || part[0] != "v1" {
+		return s, false
+	}
+	expires, err := strconv.ParseInt(part[1], 10, 64)
+	name, err2 := base64.RawURLEncoding.DecodeString(part[3])
+	s = session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}
+	return s, err == nil && err2 == nil && now.Before(s.expires)
+}
+
+// cookieName is the name of the session cookie. Ports of a host share their cookies, so there
+// may be several of it.
+const cookieName = "chat_session"
+
+// cookieValues returns the values of all session cookies of a request, as they stand. It reads
+// the header itself because net/http leaves out a cookie with bytes that RFC 6265 forbids, and
+// a broken session must not look like none.
+func cookieValues(h http.Header) (values []string) {
+	for _, line := range h["Cookie"] {
+		for pair := range strings.SplitSeq(line, ";") {
+			if name, value, _ := strings.Cut(strings.TrimSpace(pair), "="); name == cookieName {
+				values = append(values, value)
+			}
+		}
+	}
+	return values
+}
+
+// A limiter gives each key burst tokens, and one more every so often. A key costs one time: the
+// moment at which its tokens are all back.
+type limiter struct {
+	every time.Duration // 0: no limit
+	burst int
+
+	mu    sync.Mutex
+	full  map[string]time.Time
+	sweep int // size at which full is rid of those whose moment has passed
+}
+
+// take takes a token, or returns how long until there is one.
+func (l *limiter) take(key string, now time.Time) (wait time.Duration) {
+	if l.every == 0 {
+		return 0
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.full == nil || len(l.full) > l.sweep {
+		kept := map[string]time.Time{}
+		for k, t := range l.full {
+			if t.After(now) {
+				kept[k] = t
+			}
+		}
+		l.full, l.sweep = kept, 2*len(kept)+1000
+	}
+	full := l.full[key]
+	if full.Before(now) {
+		full = now
+	}
+	if wait = full.Sub(now) - time.Duration(l.burst-1)*l.every; wait > 0 {
+		return wait
+	}
+	l.full[key] = full.Add(l.every)
+	return 0
+}
+
+// giveBack returns a token that was not used.
+func (l *limiter) giveBack(key string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if full, ok := l.full[key]; ok {
+		l.full[key] = full.Add(-l.every)
+	}
+}
+
+// A broker shares the log with other processes through Redis. It keeps two connections: one
+// subscribes, one publishes. When anything on them is not as it should be, both are closed and
+// the broker joins again, so there is one way back from every fault.
+type broker struct {
+	url     string
+	channel string
+	key     string // cookie key to share; "" until it is known
+	ownKey  bool   // the key came from CHAT_KEY and stays out of Redis
+	gotKey  func(key string)
+	log     *Log
+	logf    func(format string, args ...any)
+
+	posts chan *post
+	heard atomic.Int64 // when the subscription last brought a line, in Unix nanoseconds
+
+	mu   sync.Mutex
+	away error // why the room is not joined; nil while it is
+
+	// Foreign lines are numbered among equal ones since the announced line before them.
+	// Used only by the goroutine that follows the subscription.
+	base string
+	seen map[[sha256.Size]byte]int
+}
+
+// A post is a message on its way to Redis.
+type post struct {
+	message
+	done chan error // gets the outcome of EXEC; buffered, so that nobody waits to give it
+}
+
+var (
+	errNotJoined = errors.New("not joined yet")
+	errProbe     = errors.New("what is published does not come back")
+	errForgot    = errors.New("the history was replaced")
+)
+
+func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
+	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
+		gotKey: gotKey, log: l, logf: logf, posts: make(chan *post), away: errNotJoined}
+}
+
+// run keeps the room joined until ctx ends. It logs changes of state, not attempts.
+func (b *broker) run(ctx context.Context) {
+	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
+		start := time.Now()
+		err := b.session(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		b.leave(err)
+		if time.Since(start) > 2*redisSilence {
+			pause = minBackoff
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause/2 + mathrand.N(pause)):
+		}
+	}
+}
+
+// leave notes why the room is away, and says so once.
+func (b *broker) leave(err error) {
+	b.mu.Lock()
+	was := b.away
+	b.away = err
+	b.mu.Unlock()
+	if was == nil || was == errNotJoined {
+		b.log.leave()
+		b.logf("redis is away: %v", err)
+	}
+}
+
+// join notes that messages flow.
+func (b *broker) join() {
+	b.mu.Lock()
+	was := b.away
+	b.away = nil
+	b.mu.Unlock()
+	if was != nil {
+		b.log.join()
+		_, n := b.log.head()
+		b.logf("redis is joined, %d messages held", n)
+	}
+}
+
+// state returns why the room is away, nil while it is not.
+func (b *broker) state() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.away
+}
+
+// publish puts the message into the room and returns when it has come back, or why that is not
+// sure. It may come back later all the same; the id makes a second attempt harmless.
+func (b *broker) publish(ctx context.Context, m message) error {
+	if err := b.state(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
+	defer cancel()
+	p := &post{m, make(chan error, 1)}
+	select {
+	case b.posts <- p:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-p.done:
+		if err != nil {
+			return err
+		}
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	for {
+		known, wake := b.log.has(m.id)
+		if known {
+			return nil
+		}
+		select {
+		case <-wake:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// session joins the room and stays until something breaks, and returns what did.
+func (b *broker) session(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // closes both connections
+	pub, err := b.dial(ctx)
+	if err != nil {
+		return err
+	}
+	sub, err := b.dial(ctx)
+	if err != nil {
+		return err
+	}
+	if err := b.shareKey(pub); err != nil {
+		return err
+	}
+	list, err := b.subscribe(sub)
+	if err != nil {
+		return err
+	}
+	if err := b.restore(pub, list); err != nil {
+		return err
+	}
+	probe, echo, broken := rand.Text(), make(chan struct{}, 1), make(chan error, 1)
+	go func() {
+		defer close(broken)
+		broken <- b.follow(sub, probe, echo)
+	}()
+	err = b.serve(pub, probe, echo, broken)
+	cancel()
+	for range broken { // the next session must be the only one to append
+	}
+	return err
+}
+
+// dial connects to Redis. The connection is closed when ctx ends, also while it logs in.
+func (b *broker) dial(ctx context.Context) (redis.Conn, error) {
+	netDial := func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := (&net.Dialer{Timeout: redisTimeout}).DialContext(ctx, network, addr)
+		if err == nil {
+			context.AfterFunc(ctx, func() { c.Close() })
+		}
+		return c, err
+	}
+	return redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial), redis.DialReadTimeout(redisTimeout),
+		redis.DialWriteTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
+}
+
+// shareKey agrees with the other processes on the key of the cookies: the first one draws it,
+// and whoever holds it puts it back, in case Redis forgot.
+func (b *broker) shareKey(c redis.Conn) error {
+	name := b.channel + ":key"
+	if b.ownKey {
+		return nil
+	}
+	if b.key != "" {
+		_, err := c.Do("SET", name, b.key)
+		return err
+	}
+	if _, err := c.Do("SET", name, rand.Text()+rand.Text(), "NX"); err != nil {
+		return err
+	}
+	key, err := redis.String(c.Do("GET", name))
+	if err == nil && key == "" {
+		err = fmt.Errorf("%s is empty", name)
+	}
+	if err != nil {
+		return err
+	}
+	b.key = key
+	b.gotKey(key)
+	return nil
+}
+
+// subscribe starts the subscription and returns the list as it was at that moment: both are
+// one transaction, so that no message falls between them or is in both.
+func (b *broker) subscribe(c redis.Conn) ([]message, error) {
+	c.Send("MULTI")
+	for _, suffix := range []string{"", ":id", ":probe"} {
+		c.Send("SUBSCRIBE", b.channel+suffix)
+	}
+	c.Send("LRANGE", b.channel+":history", 0, -1)
+	replies, err := results(redis.DoWithTimeout(c, listTimeout, "EXEC"))
+	if err != nil {
+		return nil, err
+	}
+	return parseList(replies[len(replies)-1])
+}
+
+// results returns the replies inside an EXEC. An error among them counts as the whole's: Redis
+// runs the other commands all the same.
+func results(reply any, err error) ([]any, error) {
+	replies, err := redis.Values(reply, err)
+	for _, r := range replies {
+		if e, bad := r.(redis.Error); bad {
+			return nil, e
+		}
+	}
+	return replies, err
+}
+
+// parseList reads the list's items. What is not "<id> <line>" is not ours and is left out.
+func parseList(reply any) ([]message, error) {
+	items, err := redis.ByteSlices(reply, nil)
+	list := make([]message, 0, len(items))
+	for _, item := range items {
+		id, raw, _ := strings.Cut(string(item), " ")
+		if line := fromRedis(raw); validKey(id) && !blank(line) {
+			list = append(list, message{id, line})
+		}
+	}
+	return list, err
+}
+
+// toRedis and fromRedis turn a line into one without line breaks and back. Other programs write
+// here too, so what comes back is cleaned and, when it is too long, cut.
+func toRedis(line string) string { return strings.ReplaceAll(line, "\n", "\u2028") }
+
+func fromRedis(raw string) string {
+	line, cut := clean(raw, maxLine)
+	if cut {
+		_, last := utf8.DecodeLastRuneInString(line)
+		line = line[:len(line)-last] + "…"
+	}
+	return line
+}
+
+// restore takes the list into the log and, when Redis has forgotten some of what the log holds,
+// writes the log back as the list. WATCH makes EXEC do nothing when another process wrote
+// meanwhile; then it starts again from what that one wrote.
+func (b *broker) restore(c redis.Conn, list []message) (err error) {
+	name := b.channel + ":history"
+	for range restoreTries {
+		if b.log.merge(list) {
+			return nil
+		}
+		if _, err = c.Do("WATCH", name); err != nil {
+			return err
+		}
+		reply, err := redis.DoWithTimeout(c, listTimeout, "LRANGE", name, 0, -1)
+		if err != nil {
+			return err
+		}
+		if list, err = parseList(reply); err != nil {
+			return err
+		}
+		b.log.merge(list)
+		c.Send("MULTI")
+		c.Send("DEL", name)
+		for _, m := range b.log.announced() {
+			c.Send("RPUSH", name, m.id+" "+toRedis(m.line))
+		}
+		if _, err = results(redis.DoWithTimeout(c, listTimeout, "EXEC")); err == nil {
+			return nil
+		} else if err != redis.ErrNil {
+			return err
+		}
+		list = nil
+	}
+	return errors.New("the history is being rewritten by others")
+}
+
+// follow appends what the subscription brings, and returns when it breaks. The publishes of one
+// EXEC come next to each other, so the id before a line is the line's.
+func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) error {
+	id := ""
+	for {
+		switch m := (redis.PubSubConn{Conn: sub}).ReceiveWithTimeout(0).(type) {
+		case error:
+			return m
+		case redis.Message:
+			switch m.Channel {
+			case b.channel + ":probe":
+				if string(m.Data) == probe && len(echo) == 0 {
+					echo <- struct{}{} // never blocks: only this goroutine sends, and there is room
+				}
+				continue
+			case b.channel + ":id":
+				if validKey(string(m.Data)) {
+					id = string(m.Data)
+				}
+			case b.channel:
+				b.take(id, string(m.Data))
+				id = ""
+			}
+			b.heard.Store(time.Now().UnixNano())
+		}
+	}
+}
+
+// take appends a line from Redis, under the id that announced it or one derived from it.
+func (b *broker) take(id, raw string) {
+	line := fromRedis(raw)
+	if blank(line) {
+		return
+	}
+	if id == "" {
+		id = b.foreignID(raw)
+	}
+	b.log.append(message{id, line})
+}
+
+// foreignID returns the id of a line that no id announced: the announced one before it, a dot,
+// and a hash of the line and of its number among equal lines since. Every process that heard
+// the same derives the same.
+func (b *broker) foreignID(raw string) string {
+	newest, _ := b.log.head()
+	if newest != b.base || len(b.seen) == ringSize {
+		b.base, b.seen = newest, map[[sha256.Size]byte]int{}
+	}
+	sum := sha256.Sum256([]byte(raw))
+	for {
+		b.seen[sum]++
+		hash := sha256.Sum256(fmt.Appendf(sum[:], " %d", b.seen[sum]))
+		for i := range hash {
+			hash[i] = 'a' + hash[i]%26
+		}
+		id := b.base + "." + string(hash[:8])
+		if known, _ := b.log.has(id); !known {
+			return id
+		}
+	}
+}
+
+// serve publishes posts, and probes when nothing was heard for a while, until something breaks.
+// The first probe to come back makes the room joined.
+func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broken <-chan error) error {
+	tick := time.NewTimer(0)
+	defer tick.Stop()
+	for probing := false; ; {
+		select {
+		case err := <-broken:
+			return err
+		case p := <-b.posts:
+			if err := b.send(pub, b.batch(p)); err != nil {
+				return err
+			}
+		case <-echo:
+			probing = false
+			b.heard.Store(time.Now().UnixNano())
+			b.join()
+			tick.Reset(redisSilence)
+		case <-tick.C:
+			silence := time.Since(time.Unix(0, b.heard.Load()))
+			switch {
+			case probing && len(echo) == 0:
+				return errProbe
+			case probing:
+			case silence < redisSilence && b.state() == nil:
+				tick.Reset(redisSilence - silence)
+			default:
+				if err := b.sendProbe(pub, probe); err != nil {
+					return err
+				}
+				probing = true
+				tick.Reset(probeTimeout)
+			}
+		}
+	}
+}
+
+// sendProbe publishes to the probe channel, and writes to the list so that a read-only replica
+// or a key of another type shows.
+func (b *broker) sendProbe(c redis.Conn, probe string) error {
+	c.Send("MULTI")
+	c.Send("LTRIM", b.channel+":history", -ringSize, -1)
+	c.Send("PUBLISH", b.channel+":probe", probe)
+	_, err := results(c.Do("EXEC"))
+	return err
+}
+
+// batch returns the post and others that already wait.
+func (b *broker) batch(p *post) []*post {
+	batch := []*post{p}
+	for len(batch) < batchSize {
+		select {
+		case p = <-b.posts:
+			batch = append(batch, p)
+		default:
+			return batch
+		}
+	}
+	return batch
+}
+
+// send publishes a batch in one round trip, each post a transaction of its own, and tells each
+// how it went. On an error the session is over.
+func (b *broker) send(c redis.Conn, batch []*post) (err error) {
+	defer func() {
+		for _, p := range batch {
+			p.done <- err
+		}
+	}()
+	_, held := b.log.head()
+	list := b.channel + ":history"
+	for _, p := range batch {
+		line := toRedis(p.line)
+		c.Send("MULTI")
+		c.Send("RPUSH", list, p.id+" "+line)
+		c.Send("LTRIM", list, -ringSize, -1)
+		c.Send("PUBLISH", b.channel+":id", p.id)
+		c.Send("PUBLISH", b.channel, line)
+		c.Send("EXEC")
+	}
+	if err = c.Flush(); err != nil {
+		return err
+	}
+	forgot := false
+	for len(batch) > 0 {
+		replies, err := receiveExec(c)
+		if err != nil {
+			return err
+		}
+		if length, _ := replies[0].(int64); length < int64(held) {
+			forgot = true
+		}
+		batch[0].done <- nil
+		batch = batch[1:]
+	}
+	if forgot {
+		return errForgot
+	}
+	return nil
+}
+
+// receiveExec receives the replies to MULTI, four queued commands and EXEC.
+func receiveExec(c redis.Conn) ([]any, error) {
+	var first error
+	for range 5 {
+		if _, err := c.Receive(); err != nil && first == nil {
+			first = err
+		}
+		if c.Err() != nil {
+			return nil, first
+		}
+	}
+	replies, err := results(c.Receive())
+	if first != nil {
+		err = first // says more than that the transaction was discarded
+	}
+	return replies, err
+}
+
+// A server is the room as HTTP shows it.
+type server struct {
+	cfg    *config
+	logf   func(format string, args ...any)
+	log    *Log
+	broker *broker                // nil: the room is in memory
+	signer atomic.Pointer[signer] // nil while the key is not known
+	urls   []string               // where the room can be opened
+
+	pages   *template.Template
+	texts   map[string]map[string]string // language → key → text
+	etags   map[string]string            // asset → ETag
+	origins *http.CrossOriginProtection
+	mux     *http.ServeMux
+	process string // which process this is, for the lesson
+
+	posts, logins, guesses limiter // by session or address, by address, by address
+
+	maxConns, maxStreams int
+	conns                atomic.Int64 // open connections, streams among them
+
+	mu       sync.Mutex
+	streams  map[*stream]struct{}
+	finished sync.WaitGroup // the goroutines of streams
+}
+
+func newServer(ctx context.Context, cfg *config, logf func(string, ...any)) (*server, error) {
+	s := &server{cfg: cfg, logf: logf, origins: http.NewCrossOriginProtection(), streams: map[*stream]struct{}{}}
+	s.maxConns = max(fileLimit()-spareFiles-busyConns, busyConns)
+	s.maxStreams = s.maxConns - s.maxConns/8
+	if cfg.origin != "" {
+		if err := s.origins.AddTrustedOrigin(cfg.origin); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.rate > 0 {
+		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: 10}
+		s.logins = limiter{every: time.Second / 5, burst: 400}
+		s.guesses = limiter{every: time.Second, burst: 20}
+	}
+	setKey := func(key string) {
+		k := newSigner(key, cfg.password)
+		s.signer.Store(&k)
+	}
+	if cfg.redis != nil {
+		s.log = newLog(cfg.history, unknownGrace)
+		s.broker = newBroker(cfg, s.log, logf, setKey)
+	} else {
+		s.log = newLog(cfg.history, 0)
+		s.log.join()
+	}
+	if cfg.key != "" || cfg.redis == nil {
+		setKey(cmp.Or(cfg.key, rand.Text()+rand.Text()))
+	}
+	s.mux = s.routes()
+	host, _ := os.Hostname()
+	s.process = fmt.Sprintf("%s, process %d", cmp.Or(host, "this machine"), os.Getpid())
+	return s, s.loadAssets()
+}
+
+// loadAssets parses the embedded pages and texts, and names each file by its content.
+func (s *server) loadAssets() (err error) {
+	s.pages, err = template.New("").Option("missingkey=error").ParseFS(assets, "assets/*.html")
+	if err != nil {
+		return err
+	}
+	texts, err := assets.ReadFile("assets/strings.json")
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(texts, &s.texts); err != nil {
+		return fmt.Errorf("reading strings.json: %w", err)
+	}
+	s.etags = map[string]string{}
+	return fs.WalkDir(assets, "assets", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || path.Ext(name) == ".html" {
+			return err
+		}
+		content, err := assets.ReadFile(name)
+		s.etags[name] = fmt.Sprintf("%q", fmt.Sprintf("%x", sha256.Sum256(content))[:16])
+		return err
+	})
+}
+
+// httpServer returns the server with its bounds: each of a request's parts takes bounded time
+// and room. Streams leave these bounds when they take over their connection.
+func (s *server) httpServer(ctx context.Context) *http.Server {
+	return &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       20 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       75 * time.Second,
+		MaxHeaderBytes:    maxHeader - 4<<10, // net/http allows 4 KiB more than it is told
+		ErrorLog:          log.New(onlyPanics(s.logf), "", 0),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       s.opened,
+		ConnState: func(_ net.Conn, state http.ConnState) {
+			if state == http.StateClosed {
+				s.conns.Add(-1)
+			}
+		},
+	}
+}
+
+// onlyPanics passes on what net/http says of a panic, and nothing that a client can cause at
+// will.
+type onlyPanics func(format string, args ...any)
+
+func (logf onlyPanics) Write(line []byte) (int, error) {
+	if bytes.Contains(line, []byte("panic")) {
+		logf("%s", line)
+	}
+	return len(line), nil
+}
+
+// busy marks the context of a connection beyond maxConns.
+type busy struct{}
+
+// opened counts a connection and bounds what the kernel keeps for it. Beyond maxConns a few
+// are still heard, to be told 503; beyond these the connection is closed.
+func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
+	if tcp, ok := c.(*net.TCPConn); ok {
+		tcp.SetWriteBuffer(sendBuffer)
+	}
+	n := int(s.conns.Add(1))
+	if n > s.maxConns+busyConns {
+		c.Close()
+	}
+	if n > s.maxConns {
+		return context.WithValue(ctx, busy{}, true)
+	}
+	return ctx
+}
+
+// shutdown ends everything within stopTimeout. Posts that wait have been told by their context;
+// streams tell their reader when to come back.
+func (s *server) shutdown(srv *http.Server) {
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+	s.log.close()
+	context.AfterFunc(ctx, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for st := range s.streams {
+			if st.conn != nil {
+				st.conn.Close()
+			}
+		}
+	})
+	srv.Shutdown(ctx)
+	srv.Close()
+	s.finished.Wait()
+}
+
+// routes says who answers what. The patterns give 404, and 405 with Allow, by themselves.
+func (s *server) routes() *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /{$}", s.chat)
+	mux.HandleFunc("GET /login", s.loginForm)
+	mux.HandleFunc("POST /login", s.sameOrigin(s.login))
+	mux.HandleFunc("POST /logout", s.sameOrigin(s.logout))
+	mux.HandleFunc("POST /post", s.sameOrigin(s.post))
+	mux.HandleFunc("GET /stream", s.stream)
+	mux.HandleFunc("GET /lesson", s.lesson)
+	mux.HandleFunc("GET /healthz", s.healthz)
+	mux.HandleFunc("GET /assets/{name}", s.asset)
+	return mux
+}
+
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h := w.Header()
+	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "+
+		"connect-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "+
+		"require-trusted-types-for 'script'")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Referrer-Policy", "same-origin") // with no-referrer a form's Origin would be null
+	if r.Context().Value(busy{}) != nil {
+		h.Set("Connection", "close")
+		unavailable(w, "too many connections")
+		return
+	}
+	s.mux.ServeHTTP(w, r)
+}
+
+// unavailable answers 503, with a time to come back at which not everybody does.
+func unavailable(w http.ResponseWriter, why string) {
+	w.Header().Set("Retry-After", strconv.Itoa(1+mathrand.IntN(3)))
+	http.Error(w, why, http.StatusServiceUnavailable)
+}
+
+// tooMany sets Retry-After to the whole seconds of wait.
+func tooMany(w http.ResponseWriter, wait time.Duration) {
+	w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
+}
+
+// sameOrigin refuses a request that another site's page made the browser send.
+func (s *server) sameOrigin(next http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if s.origins.Check(r) != nil {
+			http.Error(w, "this request came from a page of another site; "+
+				"if a proxy changes the Host header, start chat with -origin and the address that people open",
+				http.StatusForbidden)
+			return
+		}
+		next(w, r)
+	}
+}
+
+// An identity is what a request's cookies say of its sender.
+type identity int
+
+const (
+	nobody  identity = iota // no cookie of ours
+	member                  // one of them verifies
+	invalid                 // none of them does
+	pending                 // the key to tell is not known yet
+)
+
+// identify checks the session cookies. Any that verifies is good: several rooms on the ports
+// of one host share their cookies.
+func (s *server) identify(r *http.Request) (session, identity) {
+	values := cookieValues(r.Header)
+	if len(values) == 0 {
+		return session{}, nobody
+	}
+	k := s.signer.Load()
+	if k == nil {
+		return session{}, pending
+	}
+	for _, v := range values {
+		if sess, ok := k.verify(v, time.Now()); ok {
+			return sess, member
+		}
+	}
+	return session{}, invalid
+}
+
+// admit tells whether the sender may take part in the room, and answers if not. To read an open
+// room a broken session does no harm; to write under it must not be anonymous.
+func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (session, bool) {
+	sess, who := s.identify(r)
+	closed := s.cfg.password != ""
+	switch {
+	case who == pending && (closed || write):
+		unavailable(w, "the room cannot tell who you are until Redis is back")
+	case who != member && closed, who == invalid && write:
+		http.Error(w, "log in first", http.StatusUnauthorized)
+	default:
+		return sess, true
+	}
+	return sess, false
+}
+
+// address names where a request comes from: the peer, or behind a proxy on this machine whom
+// that names last. Of IPv6 it is the /64, which is one subscriber's.
+func address(r *http.Request) string {
+	host, _, _ := net.SplitHostPort(r.RemoteAddr)
+	ip, _ := netip.ParseAddr(host)
+	if via := r.Header.Values("X-Forwarded-For"); ip.IsLoopback() && len(via) > 0 {
+		last := via[len(via)-1]
+		if client, err := netip.ParseAddr(strings.TrimSpace(last[strings.LastIndexByte(last, ',')+1:])); err == nil {
+			ip = client
+		}
+	}
+	ip = ip.Unmap()
+	if ip.Is6() {
+		prefix, _ := ip.WithZone("").Prefix(64)
+		ip = prefix.Addr()
+	}
+	return ip.String()
+}
+
+// readForm reads a form from the body, or answers why it cannot. It splits at & alone, as the
+// URL standard does: net/http also refuses a bare semicolon, which curl -d sends.
+func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
+	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != "application/x-www-form-urlencoded" {
+		http.Error(w, "want a form: Content-Type application/x-www-form-urlencoded", http.StatusUnsupportedMediaType)
+		return nil, false
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	var tooBig *http.MaxBytesError
+	if errors.As(err, &tooBig) {
+		http.Error(w, fmt.Sprintf("the form is over %d bytes", maxBody), http.StatusRequestEntityTooLarge)
+		return nil, false
+	}
+	form, bad := parseForm(string(body))
+	if err != nil || bad != nil {
+		http.Error(w, "the form is broken", http.StatusBadRequest)
+		return nil, false
+	}
+	return form, true
+}
+
+func parseForm(body string) (url.Values, error) {
+	form := url.Values{}
+	for pair := range strings.SplitSeq(body, "&") {
+		key, value, _ := strings.Cut(pair, "=")
+		key, err := url.QueryUnescape(key)
+		value, err2 := url.QueryUnescape(value)
+		if err != nil || err2 != nil {
+			return nil, cmp.Or(err, err2)
+		}
+		form.Add(key, value)
+	}
+	return form, nil
+}
+
+// A view is what the pages are made from.
+type view struct {
+	Lang     string
+	T        map[string]string // the texts of that language
+	Name     string            // of the session, or to fill in
+	Error    string            // login: key of the text that says what was wrong
+	Password bool              // login: the room has one
+	View     string            // chat: "projector"
+	Join     string            // chat: the address to open in the room
+	Redis    bool              // lesson: the room is shared
+	Channel  string            // lesson: through this channel
+	Process  string            // lesson: which process made the page
+}
+
+// show writes a page. Pages are about one person, so nothing keeps them.
+func (s *server) show(w http.ResponseWriter, r *http.Request, status int, page string, v view) {
+	v.Lang = language(r.Header.Get("Accept-Language"))
+	v.T = s.texts[v.Lang]
+	var b bytes.Buffer
+	if err := s.pages.ExecuteTemplate(&b, page, v); err != nil {
+		s.logf("making %s: %v", page, err)
+		http.Error(w, "this page is broken", http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Content-Language", v.Lang)
+	w.Header().Set("Vary", "Accept-Language, Cookie")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	w.Write(b.Bytes())
+}
+
+// language returns which of zh and en the header prefers (RFC 9110, section 12.5.4), else en.
+func language(accept string) string {
+	best, bestQ := "en", 0.0
+	for item := range strings.SplitSeq(accept, ",") {
+		tag, params, _ := strings.Cut(item, ";")
+		tag, _, _ = strings.Cut(strings.ToLower(strings.TrimSpace(tag)), "-")
+		q := 1.0
+		if text, ok := strings.CutPrefix(strings.TrimSpace(params), "q="); ok {
+			q, _ = strconv.ParseFloat(text, 64)
+		}
+		if (tag == "en" || tag == "zh") && q > bestQ {
+			best, bestQ = tag, q
+		}
+	}
+	return best
+}
+
+func (s *server) chat(w http.ResponseWriter, r *http.Request) {
+	sess, who := s.identify(r)
+	switch who {
+	case member:
+		v := view{Name: sess.name, Join: s.joinURL(r)}
+		if r.URL.Query().Get("view") == "projector" {
+			v.View = "projector"
+		}
+		s.show(w, r, http.StatusOK, "chat.html", v)
+	case pending:
+		unavailable(w, "the room cannot tell who you are until Redis is back")
+	default:
+		http.Redirect(w, r, "/login", http.StatusSeeOther)
+	}
+}
+
+// joinURL is the address that others open: the one this page was opened at, unless only this
+// machine can.
+func (s *server) joinURL(r *http.Request) string {
+	host, _, err := net.SplitHostPort(r.Host)
+	if err != nil {
+		host = r.Host
+	}
+	ip, _ := netip.ParseAddr(host)
+	if (host == "localhost" || ip.IsLoopback()) && len(s.urls) > 1 {
+		return s.urls[1]
+	}
+	if secure(r) {
+		return "https://" + r.Host
+	}
+	return "http://" + r.Host
+}
+
+// secure tells whether the browser's side of the connection is TLS, which a proxy ends.
+func secure(r *http.Request) bool {
+	return r.TLS != nil || strings.EqualFold(r.Header.Get("X-Forwarded-Proto"), "https")
+}
+
+func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
+	sess, _ := s.identify(r)
+	s.showLogin(w, r, http.StatusOK, sess.name, "")
+}
+
+func (s *server) showLogin(w http.ResponseWriter, r *http.Request, status int, name, reason string) {
+	s.show(w, r, status, "login.html", view{Name: name, Error: reason, Password: s.cfg.password != ""})
+}
+
+func (s *server) login(w http.ResponseWriter, r *http.Request) {
+	form, ok := readForm(w, r)
+	if !ok {
+		return
+	}
+	typed := strings.ToValidUTF8(form.Get("user"), "\ufffd")
+	name, reason := cleanName(form.Get("user"))
+	if reason != "" {
+		s.showLogin(w, r, http.StatusUnprocessableEntity, typed, reason)
+		return
+	}
+	k, now, from := s.signer.Load(), time.Now(), address(r)
+	if k == nil {
+		unavailable(w, "nobody can log in until Redis is back")
+		return
+	}
+	if s.cfg.password != "" {
+		if wait := s.guesses.take(from, now); wait > 0 {
+			tooMany(w, wait)
+			s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
+			return
+		}
+		if !hmac.Equal([]byte(form.Get("password")), []byte(s.cfg.password)) {
+			s.showLogin(w, r, http.StatusForbidden, typed, "password_wrong")
+			return
+		}
+		s.guesses.giveBack(from)
+	}
+	if wait := s.logins.take(from, now); wait > 0 {
+		tooMany(w, wait)
+		s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
+		return
+	}
+	value := k.sign(session{id: rand.Text(), name: name, expires: now.Add(sessionLife)})
+	setCookie(w, r, value, int(sessionLife.Seconds()))
+	http.Redirect(w, r, "/", http.StatusSeeOther)
+}
+
+func setCookie(w http.ResponseWriter, r *http.Request, value string, maxAge int) {
+	http.SetCookie(w, &http.Cookie{Name: cookieName, Value: value, Path: "/", MaxAge: maxAge,
+		HttpOnly: true, Secure: secure(r), SameSite: http.SameSiteLaxMode})
+}
+
+func (s *server) logout(w http.ResponseWriter, r *http.Request) {
+	setCookie(w, r, "", -1)
+	http.Redirect(w, r, "/login", http.StatusSeeOther)
+}
+
+// post puts a message into the room. The order of the checks is part of the contract.
+func (s *server) post(w http.ResponseWriter, r *http.Request) {
+	sess, ok := s.admit(w, r, true)
+	if !ok {
+		return
+	}
+	form, ok := readForm(w, r)
+	if !ok {
+		return
+	}
+	id := rand.Text()
+	if keys, ok := r.Header["Idempotency-Key"]; ok {
+		if id = keys[0]; !validKey(id) {
+			http.Error(w, "Idempotency-Key wants 16 to 64 of A-Z a-z 0-9 _ -", http.StatusBadRequest)
+			return
+		}
+	}
+	text := form.Get("message")
+	if !utf8.ValidString(text) || blank(text) {
+		http.Error(w, "message is missing, blank or not UTF-8", http.StatusUnprocessableEntity)
+		return
+	}
+	text, cut := clean(text, maxMessage)
+	if cut {
+		http.Error(w, fmt.Sprintf("message is over %d characters", maxMessage), http.StatusRequestEntityTooLarge)
+		return
+	}
+	if known, _ := s.log.has(id); !known && !s.accept(w, r, sess, id, text) {
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// accept puts a new message into the room within the sender's rate, or answers why not. What
+// could not be confirmed costs the sender nothing.
+func (s *server) accept(w http.ResponseWriter, r *http.Request, sess session, id, text string) bool {
+	now, sender, name := time.Now(), sess.id, sess.name
+	if name == "" {
+		sender, name = "from "+address(r), "anonymous"
+	}
+	if wait := s.posts.take(sender, now); wait > 0 {
+		tooMany(w, wait)
+		http.Error(w, "too fast", http.StatusTooManyRequests)
+		return false
+	}
+	m := message{id, now.Format("[15:04:05] ") + name + ": " + text}
+	if s.broker == nil {
+		s.log.append(m)
+	} else if err := s.broker.publish(r.Context(), m); err != nil {
+		s.posts.giveBack(sender)
+		unavailable(w, "not sure that the message is in the room; sending it again with the same Idempotency-Key is safe")
+		return false
+	}
+	return true
+}
+
+func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
+	_, who := s.identify(r)
+	switch {
+	case s.cfg.password == "" || who == member:
+		s.show(w, r, http.StatusOK, "lesson.html", view{Redis: s.broker != nil, Channel: s.cfg.channel, Process: s.process})
+	case who == pending:
+		unavailable(w, "the room cannot tell who you are until Redis is back")
+	default:
+		http.Redirect(w, r, "/login", http.StatusSeeOther)
+	}
+}
+
+func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Cache-Control", "no-store")
+	if s.broker != nil {
+		if err := s.broker.state(); err != nil {
+			unavailable(w, fmt.Sprintf("redis is away: %v", err))
+			return
+		}
+	}
+	fmt.Fprintln(w, "ok")
+}
+
+// asset serves an embedded file. The types are named here because on Windows the system's may
+// be anything.
+func (s *server) asset(w http.ResponseWriter, r *http.Request) {
+	name := "assets/" + r.PathValue("name")
+	etag, ok := s.etags[name]
+	content, err := assets.ReadFile(name)
+	if !ok || err != nil {
+		http.NotFound(w, r)
+		return
+	}
+	kinds := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+		".json": "application/json", ".svg": "image/svg+xml", ".png": "image/png"}
+	w.Header().Set("Content-Type", cmp.Or(kinds[path.Ext(name)], "application/octet-stream"))
+	w.Header().Set("ETag", etag)
+	w.Header().Set("Cache-Control", "no-cache")
+	http.ServeContent(w, r, name, time.Time{}, bytes.NewReader(content))
+}
+
+// stream answers with events. It takes the connection over from net/http, whose handler would
+// cost each reader five times the memory, and leaves it to one goroutine.
+func (s *server) stream(w http.ResponseWriter, r *http.Request) {
+	if _, ok := s.admit(w, r, false); !ok {
+		return
+	}
+	query, err := parseForm(r.URL.RawQuery)
+	st := &stream{log: s.log, poll: query.Has("wait"), from: cmp.Or(r.Header.Get("Last-Event-ID"), query.Get("after"))}
+	if st.poll && err == nil {
+		st.wait, err = time.ParseDuration(query.Get("wait"))
+	}
+	if err != nil || st.wait < 0 {
+		http.Error(w, "wait wants 0 or a time such as 25s", http.StatusBadRequest)
+		return
+	}
+	h := w.Header()
+	h.Set("Content-Type", "text/event-stream")
+	h.Set("Cache-Control", "no-store, no-transform")
+	h.Set("X-Accel-Buffering", "no") // nginx holds answers back otherwise
+	if r.Method == http.MethodHead {
+		return
+	}
+	if !s.enter(st) {
+		unavailable(w, "too many streams")
+		return
+	}
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		s.leave(st)
+		s.logf("taking over a connection: %v", err)
+		return
+	}
+	h.Set("Connection", "close") // the end of the answer is the end of the connection
+	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
+	head := bytes.NewBufferString("HTTP/1.1 200 OK\r\n")
+	h.Write(head)
+	head.WriteString("\r\n")
+	s.mu.Lock()
+	st.conn = conn
+	s.mu.Unlock()
+	s.finished.Go(func() {
+		st.run(head.Bytes())
+		conn.Close()
+		s.leave(st)
+		s.conns.Add(-1)
+	})
+}
+
+// enter makes the stream one of those that shutdown ends, unless there are too many.
+func (s *server) enter(st *stream) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.streams) >= s.maxStreams {
+		return false
+	}
+	s.streams[st] = struct{}{}
+	return true
+}
+
+func (s *server) leave(st *stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.streams, st)
+}
+
+// A stream is one reader on its connection.
+type stream struct {
+	log   *Log
+	conn  net.Conn // guarded by the server's mu until run
+	from  string   // the id that the reader has
+	poll  bool     // the answer ends: with wait after that time at most, or when there was something
+	wait  time.Duration
+	place cursor
+	renew time.Time // when the connection's write deadline is to be set anew
+}
+
+// run writes head and then events until the reader is gone, its time is over, or the log closed.
+func (st *stream) run(head []byte) {
+	low, high := 1000, 4000
+	var end <-chan time.Time // of a long poll; nil, and so never, for a stream
+	if st.poll {
+		low, high = 2000, 2000
+		if st.wait > 0 {
+			low, high = 200, 400
+		}
+		end = time.After(min(st.wait, maxWait))
+	}
+	if !st.write(append(head, retryFrame(low, high)...)) || !st.settle(end) {
+		return
+	}
+	caughtUp, some := false, false // the backlog is written; it held a message
+	for {
+		frames, wake := st.log.read(&st.place)
+		some = some || len(frames) > 0 && !bytes.Equal(frames, gapFrame)
+		switch {
+		case len(frames) > 0 && !st.write(frames):
+			return
+		case wake == nil && len(frames) > 0:
+			continue
+		case wake == nil:
+			st.write(retryFrame(1000, 4000))
+			return
+		case st.poll && (some || st.wait == 0):
+			st.write(pingAt(st.log.before(st.place)))
+			return
+		case !caughtUp && !st.write(pingAt(st.log.before(st.place))):
+			return
+		case caughtUp && len(frames) == 0 && !st.write(pingFrame):
+			return
+		}
+		caughtUp = true
+		select {
+		case <-wake:
+		case <-end:
+			st.write(pingAt(st.log.before(st.place)))
+			return
+		}
+	}
+}
+
+// settle finds the reader's place. An id that is not known may be on its way from Redis, so the
+// reader is told to wait, for a while that counts only while the room is joined; then its place
+// is lost. It returns false when the answer is over.
+func (st *stream) settle(end <-chan time.Time) bool {
+	came, told := time.Now(), false
+	for {
+		p := st.log.find(st.from)
+		if st.place = p.cursor; p.known {
+			return true
+		}
+		if p.wake == nil {
+			st.write(retryFrame(1000, 4000))
+			return false
+		}
+		var lapsed <-chan time.Time
+		if !p.joined.IsZero() {
+			left := st.log.grace - min(time.Since(came), time.Since(p.joined))
+			if left <= 0 {
+				st.place = lost
+				return true
+			}
+			lapsed = time.After(left)
+		}
+		if !told && !st.write(waitFrame) || told && p.joined.IsZero() && !st.write(pingFrame) {
+			return false
+		}
+		told = true
+		select {
+		case <-p.wake:
+		case <-lapsed:
+		case <-end:
+			st.write(pingFrame)
+			return false
+		}
+	}
+}
+
+// write writes to the reader and reports whether it could. A write has writeTimeout at least;
+// its deadline is set now and then, since setting one costs more than the write's own code.
+func (st *stream) write(b []byte) bool {
+	if now := time.Now(); now.After(st.renew) {
+		st.renew = now.Add(writeRenew)
+		st.conn.SetWriteDeadline(now.Add(writeTimeout + writeRenew))
+	}
+	_, err := st.conn.Write(b)
+	return err == nil
+}
