@@ -167,7 +167,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if err != nil || cfg == nil {
 		return err
 	}
-	s, err := newServer(ctx, cfg, log.New(stderr, "", log.LstdFlags).Printf)
+	s, err := newServer(cfg, log.New(stderr, "", log.LstdFlags).Printf)
 	if err != nil {
 		return err
 	}
@@ -278,10 +278,11 @@ func isWord(s string) bool {
 func parseRedis(text string) (*url.URL, error) {
 	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as localhost:6379")
 	if !strings.Contains(text, "://") {
-		text = "redis://" + text
-		if u, err := url.Parse(text); err != nil || u.Port() == "" || u.Path != "" {
+		host, port, err := net.SplitHostPort(text)
+		if _, e := strconv.ParseUint(port, 10, 16); err != nil || e != nil {
 			return nil, bad
 		}
+		text = "redis://" + net.JoinHostPort(cmp.Or(host, "localhost"), port)
 	}
 	u, err := url.Parse(text)
 	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Opaque != "" || u.Host == "" {
@@ -486,7 +487,7 @@ func (l *Log) add(m message) {
 		l.newest = m.id
 		l.count++
 	}
-	if l.page == nil || len(l.page.buf)+len(frame) > cap(l.page.buf) {
+	if l.page == nil || m.id == "" || len(l.page.buf)+len(frame) > cap(l.page.buf) {
 		l.page = &page{buf: make([]byte, 0, size)}
 	}
 	*l.at(l.next) = entry{m, l.page, len(l.page.buf)}
@@ -578,6 +579,15 @@ func (l *Log) has(id string) (known bool, wake <-chan struct{}) {
 	return known, l.wake
 }
 
+// later tells whether the message id is here and comes after the other, or the other is not.
+func (l *Log) later(id, other string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	pos, here := l.index[id]
+	than, held := l.index[other]
+	return here && (!held || pos > than)
+}
+
 // A place is what the log says of an id that a reader came with.
 type place struct {
 	cursor cursor
@@ -606,12 +616,14 @@ func (l *Log) find(id string) place {
 		p.cursor, p.known = l.recent(), true
 	case exact:
 		p.cursor, p.known = cursor{pos: pos + 1}, true
+	case id == "0":
+		p.known = true
+	case !validID(id):
+		p.cursor, p.known = lost, true
 	case near:
 		p.cursor, p.known = cursor{pos: basePos + 1}, true
 	case base == "0":
 		p.known = true
-	case !validID(id):
-		p.cursor, p.known = lost, true
 	}
 	return p
 }
@@ -709,7 +721,10 @@ func validKey(s string) bool {
 // validID tells whether s can be an id of a message, so that it may be on its way from Redis.
 func validID(s string) bool {
 	base, hash, foreign := strings.Cut(s, ".")
-	return validKey(base) && (!foreign || len(hash) == 8)
+	if !foreign {
+		return validKey(s)
+	}
+	return (base == "0" || validKey(base)) && len(hash) == 8 && isWord(hash)
 }
 
 // clean returns s as the room shows it: CRLF, CR and U+2028 are line breaks (LF), bytes that
@@ -906,7 +921,7 @@ type broker struct {
 
 	// Foreign lines are numbered among equal ones since the announced line before them.
 	// Used only by the goroutine that follows the subscription.
-	base string
+	base string // id of that line, "0" before the first
 	seen map[[sha256.Size]byte]int
 }
 
@@ -924,7 +939,7 @@ var (
 
 func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
 	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
-		gotKey: gotKey, log: l, logf: logf, posts: make(chan *post), away: errNotJoined}
+		gotKey: gotKey, log: l, logf: logf, posts: make(chan *post), away: errNotJoined, base: "0"}
 }
 
 // run keeps the room joined until ctx ends. It logs changes of state, not attempts.
@@ -1029,13 +1044,14 @@ func (b *broker) session(ctx context.Context) error {
 	if err := b.shareKey(pub); err != nil {
 		return err
 	}
-	list, err := b.subscribe(sub)
+	head, err := b.subscribe(sub)
 	if err != nil {
 		return err
 	}
-	if err := b.restore(pub, list); err != nil {
+	if err := b.takeList(pub); err != nil {
 		return err
 	}
+	b.heardOf(head)
 	probe, echo, broken := rand.Text(), make(chan struct{}, 1), make(chan error, 1)
 	go func() {
 		defer close(broken)
@@ -1087,19 +1103,25 @@ func (b *broker) shareKey(c redis.Conn) error {
 	return nil
 }
 
-// subscribe starts the subscription and returns the list as it was at that moment: both are
-// one transaction, so that no message falls between them or is in both.
-func (b *broker) subscribe(c redis.Conn) ([]message, error) {
+// subscribe starts the subscription and returns the id of the list's newest message as it was
+// at that moment, "" if there was none. The list itself is read on the other connection: Redis
+// ends a subscriber to whom it owes more than 32 MB, and a list can be twice that. What was
+// published in between comes twice, and the second copy is dropped.
+func (b *broker) subscribe(c redis.Conn) (head string, err error) {
 	c.Send("MULTI")
 	for _, suffix := range []string{"", ":id", ":probe"} {
 		c.Send("SUBSCRIBE", b.channel+suffix)
 	}
-	c.Send("LRANGE", b.channel+":history", 0, -1)
-	replies, err := results(redis.DoWithTimeout(c, listTimeout, "EXEC"))
+	c.Send("LRANGE", b.channel+":history", -1, -1)
+	replies, err := results(c.Do("EXEC"))
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	return parseList(replies[len(replies)-1])
+	list, err := parseList(replies[len(replies)-1])
+	for _, m := range list {
+		head = m.id
+	}
+	return head, err
 }
 
 // results returns the replies inside an EXEC. An error among them counts as the whole's: Redis
@@ -1140,37 +1162,35 @@ func fromRedis(raw string) string {
 	return line
 }
 
-// restore takes the list into the log and, when Redis has forgotten some of what the log holds,
+// takeList takes the list into the log and, when Redis has forgotten some of what the log holds,
 // writes the log back as the list. WATCH makes EXEC do nothing when another process wrote
-// meanwhile; then it starts again from what that one wrote.
-func (b *broker) restore(c redis.Conn, list []message) (err error) {
+// meanwhile; then it starts again with what that one wrote.
+func (b *broker) takeList(c redis.Conn) error {
 	name := b.channel + ":history"
 	for range restoreTries {
-		if b.log.merge(list) {
-			return nil
-		}
-		if _, err = c.Do("WATCH", name); err != nil {
+		if _, err := c.Do("WATCH", name); err != nil {
 			return err
 		}
 		reply, err := redis.DoWithTimeout(c, listTimeout, "LRANGE", name, 0, -1)
 		if err != nil {
 			return err
 		}
-		if list, err = parseList(reply); err != nil {
+		list, err := parseList(reply)
+		if err != nil {
 			return err
 		}
-		b.log.merge(list)
+		if b.log.merge(list) {
+			_, err = c.Do("UNWATCH")
+			return err
+		}
 		c.Send("MULTI")
 		c.Send("DEL", name)
 		for _, m := range b.log.announced() {
 			c.Send("RPUSH", name, m.id+" "+toRedis(m.line))
 		}
-		if _, err = results(redis.DoWithTimeout(c, listTimeout, "EXEC")); err == nil {
-			return nil
-		} else if err != redis.ErrNil {
+		if _, err = results(redis.DoWithTimeout(c, listTimeout, "EXEC")); err != redis.ErrNil {
 			return err
 		}
-		list = nil
 	}
 	return errors.New("the history is being rewritten by others")
 }
@@ -1210,18 +1230,27 @@ func (b *broker) take(id, raw string) {
 		return
 	}
 	if id == "" {
-		id = b.foreignID(raw)
+		b.log.append(message{b.foreignID(raw), line})
+		return
 	}
 	b.log.append(message{id, line})
+	b.heardOf(id)
+}
+
+// heardOf notes that the channel has come to an announced message. A copy of an earlier one
+// changes nothing.
+func (b *broker) heardOf(id string) {
+	if b.log.later(id, b.base) {
+		b.base, b.seen = id, nil
+	}
 }
 
 // foreignID returns the id of a line that no id announced: the announced one before it, a dot,
 // and a hash of the line and of its number among equal lines since. Every process that heard
 // the same derives the same.
 func (b *broker) foreignID(raw string) string {
-	newest, _ := b.log.head()
-	if newest != b.base || len(b.seen) == ringSize {
-		b.base, b.seen = newest, map[[sha256.Size]byte]int{}
+	if b.seen == nil || len(b.seen) == ringSize {
+		b.seen = map[[sha256.Size]byte]int{}
 	}
 	sum := sha256.Sum256([]byte(raw))
 	for {
@@ -1382,7 +1411,7 @@ type server struct {
 	finished sync.WaitGroup // the goroutines of streams
 }
 
-func newServer(ctx context.Context, cfg *config, logf func(string, ...any)) (*server, error) {
+func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf, origins: http.NewCrossOriginProtection(), streams: map[*stream]struct{}{}}
 	s.maxConns = max(fileLimit()-spareFiles-busyConns, busyConns)
 	s.maxStreams = s.maxConns - s.maxConns/8

@@ -43,7 +43,7 @@ const body = document.body;
 const log = $('log'), empty = $('empty'), unsent = $('unsent'), pill = $('pill');
 const status = $('status'), icon = $('icon');
 const form = $('form'), box = $('text'), send = $('send'), notice = $('notice'); // none on a projector
-const me = body.dataset.name;
+const me = body.dataset.name ?? '';
 const projector = body.dataset.view === 'projector';
 const room = document.title;
 
@@ -53,6 +53,13 @@ for (const p of $('strings').content.children) T[p.dataset.key] = p.textContent;
 
 /** A text with its number filled in. @param {string} key @param {number} n */
 const say = (key, n) => T[key].replace(/{[ns]}/, String(n));
+
+/** @param {string} tag @param {string} text */
+function element(tag, text) {
+  const node = document.createElement(tag);
+  node.append(text);
+  return node;
+}
 
 /** A copy of a template's node. @param {string} id @returns {any} */
 const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
@@ -175,11 +182,14 @@ function row(e) {
 function sign(node, who, time, at) {
   node.querySelector('bdi').textContent = who;
   node.querySelector('time').textContent = time;
-  node.dataset.colour = [...who].reduce((sum, c) => sum + (c.codePointAt(0) ?? 0), 0) % 12;
+  node.dataset.colour = colour(who);
   node.classList.toggle('own', who === me);
   node.classList.toggle('follows', who === lastWho && (at - lastAt + 86400) % 86400 <= GROUP);
   lastAt = at;
 }
+
+/** One of twelve. @param {string} name */
+const colour = (name) => [...name].reduce((sum, c) => sum + (c.codePointAt(0) ?? 0), 0) % 12;
 
 function gapLine() {
   lastWho = '';
@@ -233,7 +243,7 @@ function fill(node, text) {
 /** A fence, alone on its line: ```python */
 const FENCE = /^```([\w+#.-]*) *$\n?/m;
 
-/** Text with ``` fences. @param {string} text */
+/** @param {string} text with ``` fences */
 function pretty(text) {
   const out = document.createDocumentFragment();
   const parts = text.split(FENCE);  // text, language, code, (nothing), text, language…
@@ -250,9 +260,8 @@ function pretty(text) {
 
 /** @param {string} text @param {string} language */
 function code(text, language = '') {
-  const node = document.createElement('pre');
+  const node = element('pre', text);
   if (language) node.dataset.language = language;
-  node.append(text);
   return node;
 }
 
@@ -263,11 +272,9 @@ function inline(text) {
   const out = document.createDocumentFragment();
   let at = 0;
   for (const m of text.matchAll(TOKEN)) {
-    /** @type {any} */
-    const node = m[1] === undefined ? link(m[0]) : document.createElement('code');
-    if (m[1] !== undefined) node.append(m[1]);
+    const node = m[1] ? element('code', m[1]) : link(m[0]);
     out.append(text.slice(at, m.index), node);
-    at = m.index + (m[1] === undefined ? node.textContent ?? '' : m[0]).length;
+    at = m.index + (m[1] ? m[0].length : (node.textContent ?? '').length);
   }
   out.append(text.slice(at));
   return out;
@@ -285,10 +292,8 @@ function link(url) {
   } catch {
     return document.createTextNode(url);
   }
-  const a = document.createElement('a');
-  Object.assign(a, { href: url, target: '_blank', rel: 'noopener noreferrer nofollow' });
-  a.append(url);
-  return a;
+  const rel = 'noopener noreferrer nofollow';
+  return Object.assign(element('a', url), { href: url, target: '_blank', rel });
 }
 
 // ---- scrolling ----
@@ -385,7 +390,7 @@ function restore() {
     kept = JSON.parse(sessionStorage.getItem('chat') ?? '') ?? kept;
   } catch { /* nothing there */ }
   if (kept.name !== me) return;
-  write(kept.draft);
+  write(kept.draft);                // before the letters: it saves
   for (const letter of kept.letters) queueLetter(letter);
 }
 
@@ -410,6 +415,7 @@ function queueLetter(letter) {
   outbox.push(letter);
   letter.node = copy('unsent-row');
   fill(letter.node.querySelector('.text'), letter.text);
+  letter.node.dataset.colour = colour(me);
   letter.node.classList.toggle('follows', lastWho === me || outbox.length > 1);
   unsent.append(letter.node);
   mark(letter, letter.state);
@@ -593,7 +599,7 @@ function startComposing() {
 /** @param {Event} e */
 async function logout(e) {
   e.preventDefault();
-  await fetch('/logout', { method: 'POST', redirect: 'manual' });
+  await fetch('/logout', { method: 'POST', redirect: 'manual' }); // fails: nobody is logged out
   sessionStorage.removeItem('chat');
   tabs?.postMessage('');
   location.assign('/login');

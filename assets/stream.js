@@ -90,6 +90,7 @@ export function openStream(after, tell) {
     const gone = source;
     gone.close();
     down();
+    expect(FIRST_WORD, later); // if this gets no answer either
     const res = await fetch('/stream?wait=0', { method: 'HEAD' }).catch(() => null);
     if (gone !== source) return;
     if (res?.status === 401) tell({ type: 'login' });
@@ -239,11 +240,11 @@ function serve() {
     early.delete(port);
     const now = { type: lost ? 'down' : ready ? 'ping' : 'wait' };
     const back = after !== '' && after !== '0';
-    const at = recent.findIndex((e) => e.type === 'message' && e.id === after);
+    const at = recent.map((e) => (e.type === 'message' ? e.id : '')).lastIndexOf(after);
     if (back && ready && at < 0) return port.postMessage([{ type: 'unknown' }]);
     if (back && !ready) early.set(port, after);
     else tabs.add(port);
-    port.postMessage(early.has(port) ? [now] : [...recent.slice(at + 1), now]);
+    port.postMessage(early.has(port) ? [now] : [...recent.slice(back ? at + 1 : 0), now]);
   }
 
   const stream = openStream('', tell);

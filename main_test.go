@@ -1,0 +1,3443 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/cookiejar"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// patience is how long a test waits for what must happen.
+const patience = 15 * time.Second
+
+// eventually waits until ok, for what offers no channel to wait on.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for start := time.Now(); !ok(); time.Sleep(2 * time.Millisecond) {
+		if time.Since(start) > patience {
+			t.Fatalf("waited %v for %s", patience, what)
+		}
+	}
+}
+
+// need returns the path of a program that a test runs. Without it the test is skipped, or
+// fails where nothing may be skipped, with CI=true.
+func need(t testing.TB, program, install string) string {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if err != nil && os.Getenv("CI") == "true" {
+		t.Fatalf("%s is missing: %s", program, install)
+	} else if err != nil {
+		t.Skipf("%s is missing: %s", program, install)
+	}
+	return path
+}
+
+// sendSignal uses kill(1): not every platform's package syscall has Kill.
+func sendSignal(t testing.TB, pid int, name string) {
+	t.Helper()
+	kill := need(t, "kill", "part of every Unix")
+	if out, err := exec.Command(kill, "-"+name, strconv.Itoa(pid)).CombinedOutput(); err != nil {
+		t.Fatalf("kill -%s %d: %v: %s", name, pid, err, out)
+	}
+}
+
+// freePort picks a port below those that outgoing connections get: while Redis is down, a
+// dial to one of those can meet itself, and then Redis finds its port taken.
+func freePort(t testing.TB) string {
+	t.Helper()
+	for range 100 {
+		port := strconv.Itoa(20000 + rand.IntN(12000))
+		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			l.Close()
+			return port
+		}
+	}
+	t.Fatal("no free port")
+	return ""
+}
+
+// A redisServer is a redis-server of the test's own. It keeps its port and its directory
+// from one start to the next.
+type redisServer struct {
+	t        testing.TB
+	addr     string
+	password string
+	args     []string
+	cmd      *exec.Cmd // nil while it does not run
+}
+
+// startRedis starts one that keeps nothing on disk, unless args say otherwise.
+func startRedis(t testing.TB, args ...string) *redisServer {
+	t.Helper()
+	r := newRedis(t, args...)
+	r.start()
+	return r
+}
+
+// newRedis is a redisServer that is not started yet.
+func newRedis(t testing.TB, args ...string) *redisServer {
+	t.Helper()
+	need(t, "redis-server", "apt-get install redis-server")
+	port := freePort(t)
+	r := &redisServer{t: t, addr: "127.0.0.1:" + port}
+	r.args = append([]string{"--port", port, "--bind", "127.0.0.1", "--dir", t.TempDir(),
+		"--save", "", "--appendonly", "no"}, args...)
+	if i := slices.Index(args, "--requirepass"); i >= 0 {
+		r.password = args[i+1]
+	}
+	t.Cleanup(r.kill)
+	return r
+}
+
+func (r *redisServer) start() {
+	r.t.Helper()
+	r.cmd = exec.Command("redis-server", r.args...)
+	if err := r.cmd.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	eventually(r.t, "redis-server to answer", func() bool {
+		_, err := r.try("PING")
+		return err == nil
+	})
+}
+
+// kill is SIGKILL: nothing is saved and nobody is told.
+func (r *redisServer) kill() {
+	if r.cmd != nil {
+		r.cmd.Process.Kill()
+		r.cmd.Wait()
+		r.cmd = nil
+	}
+}
+
+func (r *redisServer) signal(name string) {
+	r.t.Helper()
+	sendSignal(r.t, r.cmd.Process.Pid, name)
+}
+
+// try runs one command on a connection of its own.
+func (r *redisServer) try(command string, args ...any) (any, error) {
+	c, err := redis.Dial("tcp", r.addr, redis.DialPassword(r.password),
+		redis.DialConnectTimeout(patience), redis.DialReadTimeout(patience), redis.DialWriteTimeout(patience))
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.Do(command, args...)
+}
+
+// do is try for what must succeed.
+func (r *redisServer) do(command string, args ...any) any {
+	r.t.Helper()
+	reply, err := r.try(command, args...)
+	if err != nil {
+		r.t.Fatalf("redis: %s %.80q: %v", command, args, err)
+	}
+	return reply
+}
+
+// room is startRoom on this Redis, once it has joined.
+func (r *redisServer) room(args ...string) *room {
+	r.t.Helper()
+	return startRoom(r.t, append([]string{"-redis", r.addr}, args...)...).joined()
+}
+
+// history is the list as redis-cli shows it.
+func (r *redisServer) history() []string {
+	r.t.Helper()
+	list, err := redis.Strings(r.do("LRANGE", "chat:history", 0, -1), nil)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return list
+}
+
+// listen collects what arrives on the channels, each message as "channel payload".
+func (r *redisServer) listen(channels ...any) <-chan string {
+	r.t.Helper()
+	c, err := redis.Dial("tcp", r.addr, redis.DialPassword(r.password), redis.DialConnectTimeout(patience))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { c.Close() })
+	sub := redis.PubSubConn{Conn: c}
+	if err := sub.Subscribe(channels...); err != nil {
+		r.t.Fatal(err)
+	}
+	for range channels {
+		sub.Receive() // the acknowledgement
+	}
+	heard := make(chan string, 1000)
+	go func() {
+		defer close(heard)
+		for {
+			switch m := sub.Receive().(type) {
+			case redis.Message:
+				heard <- m.Channel + " " + string(m.Data)
+			case error:
+				return
+			}
+		}
+	}()
+	return heard
+}
+
+// An output collects what a program prints.
+type output struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
+}
+
+var (
+	openAt     = regexp.MustCompile(`^.*http://[^/\s]+:(\d+).*\n`)
+	assignment = regexp.MustCompile(`^[A-Z_]+=`)
+)
+
+// A room is the program, in this process (startRoom) or in one of its own (startProcess).
+type room struct {
+	t           testing.TB
+	url         string
+	out, log    output // its standard output and standard error
+	interrupt   context.CancelFunc
+	ended       chan struct{} // closed when it has
+	err         error         // how it ended
+	*os.Process               // nil in this process
+}
+
+// startRoom opens a room in this process, on a free port and without a rate limit unless args
+// say otherwise. As with env(1), an argument NAME=value is its environment.
+func startRoom(t testing.TB, args ...string) *room {
+	t.Helper()
+	env, args := splitArgs(args)
+	getenv := func(name string) string {
+		for _, e := range slices.Backward(env) {
+			if value, ok := strings.CutPrefix(e, name+"="); ok {
+				return value
+			}
+		}
+		return ""
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &room{t: t, interrupt: cancel, ended: make(chan struct{})}
+	go func() {
+		defer close(r.ended)
+		r.err = run(ctx, args, getenv, &r.out, &r.log)
+	}()
+	r.waitOpen()
+	return r
+}
+
+// startProcess is startRoom with the built binary.
+func startProcess(t testing.TB, args ...string) *room {
+	t.Helper()
+	return startCommand(t, args, buildBinary(t))
+}
+
+// startLimited is startProcess after a shell command, such as "ulimit -n 120".
+func startLimited(t testing.TB, limit string, args ...string) *room {
+	t.Helper()
+	return startCommand(t, args, need(t, "sh", "part of every Unix"), "-c", limit+`; exec "$0" "$@"`, buildBinary(t))
+}
+
+func startCommand(t testing.TB, args []string, command ...string) *room {
+	t.Helper()
+	env, args := splitArgs(args)
+	r := &room{t: t, ended: make(chan struct{})}
+	cmd := exec.Command(command[0], append(command[1:], args...)...)
+	cmd.Stdout, cmd.Stderr, cmd.Env = &r.out, &r.log, append(env, "PATH="+os.Getenv("PATH"))
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	r.Process, r.interrupt = cmd.Process, func() { cmd.Process.Signal(os.Interrupt) }
+	go func() {
+		defer close(r.ended)
+		r.err = cmd.Wait()
+	}()
+	r.waitOpen()
+	return r
+}
+
+func splitArgs(args []string) (env, flags []string) {
+	flags = []string{"-addr", "127.0.0.1:0", "-rate", "0"}
+	for _, arg := range args {
+		if assignment.MatchString(arg) {
+			env = append(env, arg)
+		} else {
+			flags = append(flags, arg)
+		}
+	}
+	return env, flags
+}
+
+// waitOpen takes the room's address from the first line that it prints.
+func (r *room) waitOpen() {
+	r.t.Helper()
+	r.t.Cleanup(func() {
+		r.stop()
+		if r.Process != nil {
+			r.Process.Kill()
+		}
+		if r.t.Failed() {
+			r.t.Logf("standard error of %s:\n%s", r.url, r.log.String())
+		}
+	})
+	eventually(r.t, "the room to open", func() bool {
+		select {
+		case <-r.ended:
+			r.t.Fatalf("the room ended before it opened: %v\n%s%s", r.err, r.out.String(), r.log.String())
+		default:
+		}
+		found := openAt.FindStringSubmatch(r.out.String())
+		if found != nil {
+			r.url = "http://127.0.0.1:" + found[1]
+		}
+		return found != nil
+	})
+}
+
+// joined waits until the room says that it can be used.
+func (r *room) joined() *room {
+	r.t.Helper()
+	c := newClient(r.t, r.url)
+	eventually(r.t, "/healthz to be 200", func() bool { return c.get("/healthz").status == http.StatusOK })
+	return r
+}
+
+// stop interrupts the room and returns how it ended.
+func (r *room) stop() error {
+	r.interrupt()
+	return r.wait(patience)
+}
+
+// wait returns how the room ended, which it must within limit.
+func (r *room) wait(limit time.Duration) error {
+	select {
+	case <-r.ended:
+		return r.err
+	case <-time.After(limit):
+		r.t.Errorf("the room still runs after %v", limit)
+		return errors.New("still running")
+	}
+}
+
+// kill is SIGKILL, for a room in a process of its own.
+func (r *room) kill() {
+	r.Process.Kill()
+	r.wait(patience)
+}
+
+func (r *room) signal(name string) {
+	r.t.Helper()
+	sendSignal(r.t, r.Process.Pid, name)
+}
+
+var (
+	binaryDir string // removed by TestMain
+	binary    = sync.OnceValues(func() (path string, err error) {
+		if binaryDir, err = os.MkdirTemp("", "chat-test-"); err != nil {
+			return "", err
+		}
+		path = filepath.Join(binaryDir, "chat.exe")
+		if out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+			return "", fmt.Errorf("go build: %v\n%s", err, out)
+		}
+		return path, nil
+	})
+)
+
+// buildBinary builds the program, once per run of the tests.
+func buildBinary(t testing.TB) string {
+	t.Helper()
+	need(t, "go", "https://go.dev/dl")
+	path, err := binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if binaryDir != "" {
+		os.RemoveAll(binaryDir)
+	}
+	os.Exit(code)
+}
+
+// A client is a person with a browser: it keeps cookies and follows no redirect.
+type client struct {
+	t    testing.TB
+	url  string
+	http *http.Client
+}
+
+func newClient(t testing.TB, url string) *client {
+	jar, _ := cookiejar.New(nil)
+	transport := &http.Transport{DisableCompression: true}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &client{t, url, &http.Client{
+		Jar:           jar,
+		Transport:     transport,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+}
+
+// at is the same person, with the same cookies, at another process of the room.
+func (c *client) at(url string) *client { return &client{c.t, url, c.http} }
+
+type response struct {
+	status int // 0 when the connection ended without an answer
+	header http.Header
+	body   string
+}
+
+// send makes a request with headers "Name: value" and returns the answer with its body unread.
+// A body is a form unless a header says otherwise.
+func (c *client) send(ctx context.Context, method, path, body string, headers ...string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, c.url+path, strings.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ":")
+		req.Header.Add(name, strings.TrimPrefix(value, " "))
+	}
+	if method == http.MethodPost && req.Header["Content-Type"] == nil {
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
+	req.Host = req.Header.Get("Host") // empty means that of the URL
+	return c.http.Do(req)
+}
+
+// do is send for an answer that ends.
+func (c *client) do(method, path, body string, headers ...string) response {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	resp, err := c.send(ctx, method, path, body, headers...)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	all, err := io.ReadAll(resp.Body)
+	if err != nil {
+		c.t.Fatalf("%s %s: %v", method, path, err)
+	}
+	return response{resp.StatusCode, resp.Header, string(all)}
+}
+
+// get is do without a body.
+func (c *client) get(path string, headers ...string) response {
+	c.t.Helper()
+	return c.do(http.MethodGet, path, "", headers...)
+}
+
+// form encodes name, value, name, value …
+func form(pairs ...string) string {
+	values := url.Values{}
+	for pair := range slices.Chunk(pairs, 2) {
+		values.Add(pair[0], pair[1])
+	}
+	return values.Encode()
+}
+
+func (c *client) login(name string) *client {
+	c.t.Helper()
+	if got := c.do("POST", "/login", form("user", name)); got.status != http.StatusSeeOther {
+		c.t.Fatalf("login as %q: got %d, want 303", name, got.status)
+	}
+	return c
+}
+
+// post says text and returns the status of the answer.
+func (c *client) post(text string, headers ...string) int {
+	c.t.Helper()
+	return c.do("POST", "/post", form("message", text), headers...).status
+}
+
+// postKey is post under an Idempotency-Key.
+func (c *client) postKey(key, text string) int {
+	c.t.Helper()
+	return c.post(text, "Idempotency-Key: "+key)
+}
+
+// say is post for what must be accepted.
+func (c *client) say(texts ...string) {
+	c.t.Helper()
+	for _, text := range texts {
+		if got := c.post(text); got != http.StatusNoContent {
+			c.t.Fatalf("posting %.80q: got %d, want 204", text, got)
+		}
+	}
+}
+
+// session is the value of the cookie that the room gave, and its name.
+func (c *client) session() *http.Cookie {
+	c.t.Helper()
+	at, _ := url.Parse(c.url)
+	cookies := c.http.Jar.Cookies(at)
+	if len(cookies) != 1 {
+		c.t.Fatalf("got %d cookies, want the session", len(cookies))
+	}
+	return cookies[0]
+}
+
+// An answer is an open answer of /stream, read as a page reads it.
+type answer struct {
+	t      testing.TB
+	status int
+	header http.Header
+	events chan event // closed after the event "end"
+	close  context.CancelFunc
+}
+
+// stream opens /stream with a query such as "wait=0" and a Last-Event-ID, each if not empty.
+func (c *client) stream(query, lastEventID string) *answer {
+	c.t.Helper()
+	var headers []string
+	if lastEventID != "" {
+		headers = []string{"Last-Event-ID: " + lastEventID}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	c.t.Cleanup(cancel)
+	opening := time.AfterFunc(patience, cancel)
+	resp, err := c.send(ctx, "GET", "/stream?"+query, "", headers...)
+	if err != nil {
+		c.t.Fatalf("opening the stream: %v", err)
+	}
+	opening.Stop()
+	s := &answer{c.t, resp.StatusCode, resp.Header, make(chan event), cancel}
+	go s.read(ctx, resp.Body)
+	return s
+}
+
+func (s *answer) read(ctx context.Context, body io.ReadCloser) {
+	defer close(s.events)
+	defer body.Close()
+	in := &eventReader{in: bufio.NewReader(body)}
+	for {
+		e, err := in.next()
+		if err != nil {
+			e.kind = "end"
+		}
+		select {
+		case s.events <- e:
+		case <-ctx.Done():
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// next returns the next event, of kind "end" when the answer has ended.
+func (s *answer) next(timeout time.Duration) event {
+	s.t.Helper()
+	select {
+	case e, ok := <-s.events:
+		if !ok {
+			s.t.Fatal("reading behind the end of a stream")
+		}
+		return e
+	case <-time.After(timeout):
+		s.t.Fatalf("no event within %v", timeout)
+		return event{}
+	}
+}
+
+// until returns the events up to and with the next of this kind.
+func (s *answer) until(kind string) []event {
+	s.t.Helper()
+	for events := []event{}; ; {
+		e := s.next(patience)
+		events = append(events, e)
+		if e.kind == kind {
+			return events
+		}
+		if e.kind == "end" {
+			s.t.Fatalf("the stream ended before %q, after %v", kind, events)
+		}
+	}
+}
+
+// message returns the next message; before it only pings may come.
+func (s *answer) message() event {
+	s.t.Helper()
+	for {
+		e := s.next(patience)
+		if e.kind == "message" {
+			return e
+		}
+		if e.kind != "ping" {
+			s.t.Fatalf("got %v, want a message", e)
+		}
+	}
+}
+
+// hears fails unless the next messages are these, each as "user: text".
+func (s *answer) hears(lines ...string) {
+	s.t.Helper()
+	for _, want := range lines {
+		if got := s.message().said(); got != want {
+			s.t.Fatalf("heard %.200q, want %.200q", got, want)
+		}
+	}
+}
+
+// An event is what the HTML standard makes of a part of the stream.
+type event struct {
+	kind  string // "message" when the stream gives no name
+	id    string // the last id at this point, not only one of its own
+	data  string
+	retry []int // the reconnection times read since the event before
+}
+
+var clockTime = regexp.MustCompile(`^\[([01]\d|2[0-3]):[0-5]\d:[0-5]\d\] `)
+
+// said is a message without its time.
+func (e event) said() string { return clockTime.ReplaceAllString(e.data, "") }
+
+// said of several events are their messages without the time.
+func said(events []event) (lines []string) {
+	for _, e := range events {
+		if e.kind == "message" {
+			lines = append(lines, e.said())
+		}
+	}
+	return lines
+}
+
+// kinds are the kinds of events, for a comparison at one glance.
+func kinds(events []event) (all []string) {
+	for _, e := range events {
+		all = append(all, e.kind)
+	}
+	return all
+}
+
+// An eventReader reads a stream by the rules of
+// https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream.
+type eventReader struct {
+	in     *bufio.Reader
+	begun  bool   // the first line, which may have a byte order mark, is read
+	cr     bool   // the last line ended in CR: an LF now belongs to it
+	lastID string // stays until the next id
+}
+
+// next returns the next event. With an error it returns what it has read of retry; the
+// standard drops an event that is not finished.
+func (r *eventReader) next() (event, error) {
+	var e event
+	data := ""
+	for {
+		line, err := r.line()
+		if err != nil {
+			return event{retry: e.retry}, err
+		}
+		if line == "" && data != "" {
+			e.kind, e.id, e.data = cmp.Or(e.kind, "message"), r.lastID, strings.TrimSuffix(data, "\n")
+			return e, nil
+		}
+		field, value, _ := strings.Cut(line, ":")
+		value = strings.TrimPrefix(value, " ")
+		switch {
+		case line == "":
+			e.kind = ""
+		case field == "event":
+			e.kind = value
+		case field == "data":
+			data += value + "\n"
+		case field == "id" && !strings.Contains(value, "\x00"):
+			r.lastID = value
+		case field == "retry" && value != "" && strings.Trim(value, "0123456789") == "":
+			ms, _ := strconv.Atoi(value)
+			e.retry = append(e.retry, ms)
+		}
+	}
+}
+
+func (r *eventReader) line() (string, error) {
+	var line []byte
+	for {
+		b, err := r.in.ReadByte()
+		if err != nil {
+			return "", err
+		}
+		afterCR := r.cr
+		r.cr = b == '\r'
+		switch {
+		case b == '\n' && afterCR:
+		case b == '\n' || b == '\r':
+			text := string(line)
+			if !r.begun {
+				text = strings.TrimPrefix(text, "\uFEFF")
+			}
+			r.begun = true
+			return text, nil
+		default:
+			line = append(line, b)
+		}
+	}
+}
+
+func TestEventReader(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name, stream string
+		want         []event
+	}{
+		{"a message", "data: a\n\n", []event{{kind: "message", data: "a"}}},
+		{"one space is dropped", "data:  a\ndata:b\n\n", []event{{kind: "message", data: " a\nb"}}},
+		{"every field", "retry: 10\nid: 7\nevent: ping\ndata:\n\n", []event{{"ping", "7", "", []int{10}}}},
+		{"three line endings", "data: a\r\rdata: b\r\n\r\ndata: c\n\n",
+			[]event{{kind: "message", data: "a"}, {kind: "message", data: "b"}, {kind: "message", data: "c"}}},
+		{"byte order mark", "\uFEFFdata: a\n\n\uFEFFdata: b\n\n", []event{{kind: "message", data: "a"}}},
+		{"comments and unknown fields", ": x\nfoo: y\ndata: a\n\n", []event{{kind: "message", data: "a"}}},
+		{"a field without a colon", "data\ndata\n\n", []event{{kind: "message", data: "\n"}}},
+		{"without data nothing", "event: ping\n\ndata: a\n\n", []event{{kind: "message", data: "a"}}},
+		{"the id stays", "id: 1\n\ndata: a\n\nid: 2\x00\ndata: b\n\n",
+			[]event{{kind: "message", id: "1", data: "a"}, {kind: "message", id: "1", data: "b"}}},
+		{"retry takes digits only", "retry: 1s\nretry:\nretry: 20\ndata: a\n\n",
+			[]event{{kind: "message", data: "a", retry: []int{20}}}},
+		{"an unfinished event is dropped", "data: a\n\ndata: b\n", []event{{kind: "message", data: "a"}}},
+	} {
+		r := &eventReader{in: bufio.NewReader(strings.NewReader(test.stream))}
+		var got []event
+		for e, err := r.next(); err == nil; e, err = r.next() {
+			got = append(got, e)
+		}
+		if fmt.Sprint(got) != fmt.Sprint(test.want) {
+			t.Errorf("%s: %q gives %v, want %v", test.name, test.stream, got, test.want)
+		}
+	}
+}
+
+// rawRequest writes bytes to the server, as no HTTP client would, and reads its answer.
+func rawRequest(t testing.TB, addr, request string) response {
+	t.Helper()
+	conn, err := net.DialTimeout("tcp", strings.TrimPrefix(addr, "http://"), patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	io.WriteString(conn, request) // the server may have answered before it is all written
+	method, _, _ := strings.Cut(request, " ")
+	resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: method})
+	if err != nil {
+		return response{}
+	}
+	body, _ := io.ReadAll(resp.Body)
+	return response{resp.StatusCode, resp.Header, string(body)}
+}
+
+// numbered returns n messages whose ids and lines count from first.
+func numbered(first, n int) (list []message) {
+	for i := first; i < first+n; i++ {
+		list = append(list, message{testID(i), fmt.Sprint("line ", i)})
+	}
+	return list
+}
+
+func testID(i int) string { return fmt.Sprintf("id-%013d", i) }
+
+func newTestLog(t testing.TB, history int, lists ...[]message) *Log {
+	l := newLog(history, 0)
+	t.Cleanup(l.close)
+	l.join()
+	for _, list := range lists {
+		for _, m := range list {
+			l.append(m)
+		}
+	}
+	return l
+}
+
+// drain reads to the end of the log and returns what a reader sees there: lines, and "gap".
+func drain(l *Log, c *cursor) (seen []string) {
+	var all []byte
+	for {
+		frames, wake := l.read(c)
+		if all = append(all, frames...); wake != nil || frames == nil {
+			break
+		}
+	}
+	in := &eventReader{in: bufio.NewReader(bytes.NewReader(all))}
+	for {
+		e, err := in.next()
+		if err != nil {
+			return seen
+		}
+		if e.kind == "message" {
+			e.kind = e.data
+		}
+		seen = append(seen, e.kind)
+	}
+}
+
+func lines(list []message) (all []string) {
+	for _, m := range list {
+		all = append(all, m.line)
+	}
+	return all
+}
+
+func TestLogPlaces(t *testing.T) {
+	foreign := message{testID(3) + ".abcdefgh", "foreign"}
+	full := slices.Concat(numbered(0, 4), []message{foreign}, numbered(4, 3))
+	all := lines(full)
+	for _, test := range []struct {
+		name, id string
+		lists    []message
+		want     []string
+	}{
+		{"a newcomer gets the newest history", "", full, all[5:]},
+		{"a newcomer to an empty room gets nothing", "", nil, nil},
+		{"cursor 0 is the beginning", "0", full, all},
+		{"cursor 0 is the beginning of an empty log", "0", nil, nil},
+		{"an id goes on after its message", testID(1), full, all[2:]},
+		{"the newest id has everything", testID(6), full, nil},
+		{"a foreign id goes on after its message", foreign.id, full, all[5:]},
+		{"a foreign id not known here goes on after the announced one", testID(3) + ".zzzzzzzz", full, all[4:]},
+		{"a foreign id before the first message goes on at the beginning", "0.zzzzzzzz", full, all},
+		{"what cannot be an id is lost", "x", full, append([]string{"gap"}, all[5:]...)},
+		{"nor can an id with a line break", testID(1) + "\n", full, append([]string{"gap"}, all[5:]...)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l := newTestLog(t, 3, test.lists)
+			p := l.find(test.id)
+			if !p.known {
+				t.Fatalf("find(%q): not known", test.id)
+			}
+			if got := drain(l, &p.cursor); !slices.Equal(got, test.want) {
+				t.Errorf("reading from %q:\n got %q\nwant %q", test.id, got, test.want)
+			}
+		})
+	}
+	if l := newTestLog(t, 3, full); l.find(testID(99)).known {
+		t.Error("an id that may be on its way is known")
+	}
+}
+
+func TestLogKeepsTheNewest(t *testing.T) {
+	l := newTestLog(t, 2, numbered(0, 1))
+	behind, early := l.find("").cursor, l.find("0").cursor
+	for _, m := range numbered(1, ringSize) {
+		l.append(m)
+	}
+	want := []string{"gap", fmt.Sprint("line ", ringSize-1), fmt.Sprint("line ", ringSize)}
+	for name, c := range map[string]cursor{"behind": behind, "early": early, "0": l.find("0").cursor} {
+		if got := drain(l, &c); !slices.Equal(got, want) {
+			t.Errorf("a reader %s: got %q, want %q", name, got, want)
+		}
+	}
+	if known, _ := l.has(testID(0)); known {
+		t.Error("an id that left the ring is still known")
+	}
+	if got := len(l.index); got != ringSize {
+		t.Errorf("the index holds %d ids, want %d", got, ringSize)
+	}
+	if _, n := l.head(); n != ringSize {
+		t.Errorf("counted %d messages, want %d", n, ringSize)
+	}
+	c := l.find(testID(1)).cursor
+	if got := drain(l, &c); len(got) != ringSize-1 {
+		t.Errorf("after the oldest message came %d, want %d", len(got), ringSize-1)
+	}
+}
+
+func TestLogDropsTheSecondCopy(t *testing.T) {
+	l := newTestLog(t, ringSize, numbered(0, 3), numbered(0, 2))
+	l.append(message{testID(1), "another text"})
+	c := l.find("0").cursor
+	if got, want := drain(l, &c), lines(numbered(0, 3)); !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestLogMerge(t *testing.T) {
+	for _, test := range []struct {
+		name        string
+		held, list  []message
+		want, fresh []string // what a reader of everything and what a newcomer gets
+		complete    bool
+	}{
+		{"a fresh process takes the list", nil, numbered(0, 3), lines(numbered(0, 3)), lines(numbered(0, 3)), true},
+		{"what was missed is appended", numbered(0, 2), numbered(0, 4), lines(numbered(0, 4)), lines(numbered(0, 4)), true},
+		{"an empty list was forgotten and tells nothing", numbered(0, 3), nil, lines(numbered(0, 3)), lines(numbered(0, 3)), false},
+		{"a list without the newest message is a gap", numbered(0, 2), numbered(5, 2),
+			slices.Concat(lines(numbered(0, 2)), []string{"gap"}, lines(numbered(5, 2))),
+			slices.Concat(lines(numbered(0, 2)), lines(numbered(5, 2))), false},
+		{"an older list is a gap with nothing behind it", numbered(0, 3), numbered(0, 2),
+			append(lines(numbered(0, 3)), "gap"), lines(numbered(0, 3)), false},
+		{"copies in the list are dropped", numbered(0, 1), slices.Concat(numbered(0, 3), numbered(1, 2)),
+			lines(numbered(0, 3)), lines(numbered(0, 3)), true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l := newTestLog(t, ringSize, test.held)
+			for again := range 2 { // the second time changes nothing
+				if got := l.merge(test.list); got != test.complete {
+					t.Errorf("merge %d: complete is %v, want %v", again, got, test.complete)
+				}
+			}
+			all, fresh := l.find("0").cursor, l.find("").cursor
+			if got := drain(l, &all); !slices.Equal(got, test.want) {
+				t.Errorf("from the beginning:\n got %q\nwant %q", got, test.want)
+			}
+			if got := drain(l, &fresh); !slices.Equal(got, test.fresh) {
+				t.Errorf("a newcomer:\n got %q\nwant %q", got, test.fresh)
+			}
+		})
+	}
+}
+
+func TestLogOfAFullListMayHaveLostItsHead(t *testing.T) {
+	l := newTestLog(t, 1)
+	l.merge(numbered(0, ringSize))
+	c := l.find("0").cursor
+	if got, want := drain(l, &c), []string{"gap", fmt.Sprint("line ", ringSize-1)}; !slices.Equal(got, want) {
+		t.Errorf("cursor 0: got %q, want %q", got, want)
+	}
+}
+
+func TestLogNothingIsKnownBeforeTheFirstJoin(t *testing.T) {
+	l := newLog(10, unknownGrace)
+	defer l.close()
+	for _, id := range []string{"", "0", "x", testID(1)} {
+		if l.find(id).known {
+			t.Errorf("%q is known", id)
+		}
+	}
+	l.join()
+	l.leave()
+	if !l.find("").known {
+		t.Error("a log that was joined once has nothing for a newcomer")
+	}
+}
+
+// Readers that start anywhere, at any time, all see one order without holes.
+func TestLogManyReaders(t *testing.T) {
+	const n, readers = 3000, 20
+	l := newTestLog(t, ringSize)
+	var wg sync.WaitGroup
+	for r := range readers {
+		wg.Go(func() {
+			var got []string
+			for c := l.find("0").cursor; len(got) < n; {
+				if frames, wake := l.read(&cursor{pos: c.pos}); frames == nil && r%2 == 0 {
+					<-wake
+				}
+				got = append(got, drain(l, &c)...)
+			}
+			if !slices.Equal(got, lines(numbered(0, n))) {
+				t.Errorf("reader %d saw another order", r)
+			}
+		})
+	}
+	for _, m := range numbered(0, n) {
+		l.append(m)
+	}
+	wg.Wait()
+}
+
+// watch runs a stream over a pipe, in a bubble of synctest, and returns all it wrote until
+// it ended or the time was over, each event with the time it came.
+func watch(t *testing.T, st *stream, limit time.Duration) (got []string) {
+	t.Helper()
+	here, there := net.Pipe()
+	st.conn = there
+	start := time.Now()
+	go func() {
+		st.run(nil)
+		there.Close()
+	}()
+	time.AfterFunc(limit, func() { here.Close() })
+	in := &eventReader{in: bufio.NewReader(here)}
+	for {
+		e, err := in.next()
+		if err != nil {
+			return got
+		}
+		text := e.kind
+		if e.kind == "message" {
+			text = e.data
+		}
+		got = append(got, fmt.Sprintf("%v %s", time.Since(start), text))
+	}
+}
+
+func TestStreamInTime(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		st    stream
+		act   func(l *Log) // while the stream is open
+		grace time.Duration
+		away  bool
+		limit time.Duration
+		want  []string
+	}{
+		{name: "a quiet stream pings every 15 s", st: stream{from: testID(1)}, limit: 31 * time.Second,
+			want: []string{"0s ping", "15s ping", "30s ping"}},
+		{name: "a message is written at once", st: stream{from: testID(1)}, limit: 4 * time.Second,
+			act:  func(l *Log) { time.Sleep(3 * time.Second); l.append(message{testID(2), "new"}) },
+			want: []string{"0s ping", "3s new"}},
+		{name: "polling ends at once", st: stream{poll: true}, limit: time.Minute,
+			want: []string{"0s line 0", "0s line 1", "0s ping"}},
+		{name: "polling without anything new ends at once", st: stream{poll: true, from: testID(1)}, limit: time.Minute,
+			want: []string{"0s ping"}},
+		{name: "a long poll ends after the history", st: stream{poll: true, wait: 25 * time.Second}, limit: time.Minute,
+			want: []string{"0s line 0", "0s line 1", "0s ping"}},
+		{name: "a long poll ends after the first message", st: stream{poll: true, wait: 25 * time.Second, from: testID(1)}, limit: time.Minute,
+			act:  func(l *Log) { time.Sleep(16 * time.Second); l.append(message{testID(2), "new"}) },
+			want: []string{"0s ping", "15s ping", "16s new", "16s ping"}},
+		{name: "a long poll ends after its time, not with a heartbeat", st: stream{poll: true, wait: 25 * time.Second, from: testID(1)}, limit: time.Minute,
+			want: []string{"0s ping", "15s ping", "25s ping"}},
+		{name: "a long poll over a minute is a minute", st: stream{poll: true, wait: time.Hour, from: testID(1)}, limit: 2 * time.Minute,
+			want: []string{"0s ping", "15s ping", "30s ping", "45s ping", "1m0s ping"}},
+		{name: "in memory an unknown id is a gap at once", st: stream{from: testID(9)}, limit: time.Second,
+			want: []string{"0s gap", "0s line 0", "0s line 1", "0s ping"}},
+		{name: "from Redis an unknown id is a gap after 2 s", st: stream{from: testID(9)}, grace: unknownGrace, limit: 3 * time.Second,
+			want: []string{"0s wait", "2s gap", "2s line 0", "2s line 1", "2s ping"}},
+		{name: "unless it arrives", st: stream{from: testID(9)}, grace: unknownGrace, limit: 3 * time.Second,
+			act: func(l *Log) {
+				time.Sleep(time.Second)
+				for _, m := range numbered(8, 3) {
+					l.append(m)
+				}
+			},
+			want: []string{"0s wait", "1s line 10", "1s ping"}},
+		{name: "what cannot be an id is a gap at once", st: stream{from: "x"}, grace: unknownGrace, limit: time.Second,
+			want: []string{"0s gap", "0s line 0", "0s line 1", "0s ping"}},
+		{name: "time counts only while joined", st: stream{from: testID(9)}, grace: unknownGrace, away: true, limit: 23 * time.Second,
+			act:  func(l *Log) { time.Sleep(20 * time.Second); l.join() },
+			want: []string{"0s wait", "15s ping", "22s gap", "22s line 0", "22s line 1", "22s ping"}},
+		{name: "a poll that ends unresolved tells no gap", st: stream{from: testID(9), poll: true}, grace: unknownGrace, limit: time.Minute,
+			want: []string{"0s wait", "0s ping"}},
+		{name: "nor does a long one", st: stream{from: testID(9), poll: true, wait: time.Second}, grace: unknownGrace, limit: time.Minute,
+			want: []string{"0s wait", "1s ping"}},
+		{name: "a closed log ends the stream", st: stream{from: testID(1)}, limit: time.Minute,
+			act:  func(l *Log) { time.Sleep(time.Second); l.close() },
+			want: []string{"0s ping"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLog(200, test.grace)
+				defer l.close()
+				l.join()
+				for _, m := range numbered(0, 2) {
+					l.append(m)
+				}
+				if test.away {
+					l.leave()
+				}
+				test.st.log = l
+				if test.act != nil {
+					go test.act(l)
+				}
+				if got := watch(t, &test.st, test.limit); !slices.Equal(got, test.want) {
+					t.Errorf("\n got %q\nwant %q", got, test.want)
+				}
+			})
+		})
+	}
+}
+
+// A reader that stops reading is given up, and one that reads slowly is not.
+func TestStreamGivesUpAStalledReader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLog(200, 0)
+		defer l.close()
+		l.join()
+		here, there := net.Pipe()
+		defer here.Close()
+		start, done := time.Now(), make(chan time.Duration)
+		go func() {
+			(&stream{log: l, conn: there}).run(nil)
+			done <- time.Since(start)
+		}()
+		if took := <-done; took < writeTimeout || took > writeTimeout+writeRenew {
+			t.Errorf("given up after %v, want %v to %v", took, writeTimeout, writeTimeout+writeRenew)
+		}
+	})
+}
+
+func TestClean(t *testing.T) {
+	for _, test := range []struct{ name, in, want string }{
+		{"plain text stays", "你好, wörld 👍🏽", "你好, wörld 👍🏽"},
+		{"spaces and tabs stay", "  a\tb ", "  a\tb "},
+		{"every line break is LF", "a\r\nb\rc\nd\u2028e", "a\nb\nc\nd\ne"},
+		{"two CR are two line breaks", "a\r\rb\r\n\nc", "a\n\nb\n\nc"},
+		{"controls go", "a\x00b\x07c\x1b[0md\x7fe\u0085f\u009fg", "abc[0mdefg"},
+		{"direction controls go", "a\u202eb\u2066c\u200fd\u061ce", "abcde"},
+		{"joiners stay", "👨\u200d👩\ufe0f", "👨\u200d👩\ufe0f"},
+		{"what is not UTF-8 is marked", "a\xffb\xc3", "a\ufffdb\ufffd"},
+		{"markup is text", "<b>&amp;", "<b>&amp;"},
+	} {
+		if got, cut := clean(test.in, 100); got != test.want || cut {
+			t.Errorf("%s: clean(%q): got %q, %v, want %q", test.name, test.in, got, cut, test.want)
+		}
+	}
+	for _, n := range []int{maxLine - 1, maxLine, maxLine + 1, 2 * maxLine} {
+		got := fromRedis(strings.Repeat("語", n))
+		if count := utf8.RuneCountInString(got); count != min(n, maxLine) || strings.HasSuffix(got, "…") != (n > maxLine) {
+			t.Errorf("a line of %d characters became %d, ending in %q", n, count, got[len(got)-3:])
+		}
+	}
+}
+
+func TestCleanName(t *testing.T) {
+	for _, test := range []struct{ in, want, reason string }{
+		{"小明", "小明", ""},
+		{"  Anna \u00a0 \tLee ", "Anna Lee", ""},
+		{"O'Neil-Smith (2)", "O'Neil-Smith (2)", ""},
+		{"<b>", "<b>", ""},
+		{"👍", "👍", ""},
+		{"❤\ufe0f", "❤", ""},
+		{"👨\u200d👩", "👨👩", ""},
+		{"é", "é", ""},
+		{strings.Repeat("語", maxName), strings.Repeat("語", maxName), ""},
+		{strings.Repeat("語", maxName+1), "", "name_long"},
+		{"", "", "name_empty"},
+		{" \u3000\t", "", "name_empty"},
+		{"\u200d\ufe0f", "", "name_empty"},
+		{"a:b", "", "name_chars"},
+		{"[a", "", "name_chars"},
+		{"a]", "", "name_chars"},
+		{"a\x00b", "", "name_chars"},
+		{"a\u202eb", "", "name_chars"},
+		{"a\u200bb", "", "name_chars"},
+		{"a\u00adb", "", "name_chars"},
+		{"a\u3164b", "", "name_chars"},
+		{"\u2800", "", "name_chars"},
+		{"a\ufe00", "", "name_chars"},
+		{"\U000e0061b", "", "name_chars"},
+		{"\ufeffa", "", "name_chars"},
+		{"\ue000a", "", "name_chars"},
+		{"...", "", "name_chars"},
+		{"\u0301", "", "name_chars"},
+		{"a\xff", "", "name_chars"},
+	} {
+		if got, reason := cleanName(test.in); got != test.want || reason != test.reason {
+			t.Errorf("cleanName(%q): got %q, %q, want %q, %q", test.in, got, reason, test.want, test.reason)
+		}
+	}
+}
+
+func TestSession(t *testing.T) {
+	k, now := newSigner("key", ""), time.Unix(1_800_000_000, 0)
+	who := session{id: "abc", name: "小明 [.]", expires: now}
+	value := k.sign(who)
+	if got, ok := k.verify(value, now.Add(-time.Nanosecond)); !ok || got != who {
+		t.Errorf("a nanosecond before it expires: got %v, %v, want %v", got, ok, who)
+	}
+	if _, ok := k.verify(value, now); ok {
+		t.Error("an expired session is accepted")
+	}
+	before := now.Add(-time.Second)
+	for name, other := range map[string]signer{"key": newSigner("other", ""), "password": newSigner("key", "secret"),
+		"label": signer("key")} {
+		if _, ok := other.verify(value, before); ok {
+			t.Errorf("a session under another %s is accepted", name)
+		}
+	}
+	for i := range value {
+		for _, c := range []byte{'A', 'B', '.', '=', ' ', 0, value[i] ^ 1, value[i] ^ 0x20} {
+			changed := value[:i] + string(rune(c)) + value[i+1:]
+			if _, ok := k.verify(changed, before); ok && changed != value {
+				t.Errorf("accepted with byte %d changed: %q", i, changed)
+			}
+		}
+		if _, ok := k.verify(value[:i], before); ok {
+			t.Errorf("accepted cut to %d bytes", i)
+		}
+	}
+}
+
+func TestLimiter(t *testing.T) {
+	l, now := limiter{every: time.Second, burst: 3}, time.Unix(1_800_000_000, 0)
+	take := func(key string, at time.Duration, want time.Duration) {
+		t.Helper()
+		if got := l.take(key, now.Add(at)); got != want {
+			t.Errorf("%s at %v: wait %v, want %v", key, at, got, want)
+		}
+	}
+	take("a", 0, 0)
+	take("a", 0, 0)
+	take("a", 0, 0)
+	take("a", 0, time.Second)
+	take("b", 0, 0)
+	take("a", time.Second-1, 1)
+	take("a", time.Second, 0)
+	take("a", time.Second, time.Second)
+	l.giveBack("a")
+	take("a", time.Second, 0)
+	for i := range 5000 {
+		take(fmt.Sprint(i), time.Hour+time.Duration(i)*time.Minute, 0)
+	}
+	if n := len(l.full); n > 1100 {
+		t.Errorf("%d keys are kept, though only one is not full", n)
+	}
+	none := limiter{}
+	for range 100 {
+		if none.take("a", now) != 0 {
+			t.Fatal("no limit limits")
+		}
+	}
+}
+
+func TestAddress(t *testing.T) {
+	for _, test := range []struct {
+		peer string
+		via  []string
+		want string
+	}{
+		{"192.0.2.7:1234", nil, "192.0.2.7"},
+		{"192.0.2.7:1234", []string{"203.0.113.9"}, "192.0.2.7"},
+		{"127.0.0.1:1", []string{"203.0.113.9, 198.51.100.2"}, "198.51.100.2"},
+		{"[::1]:1", []string{"203.0.113.9", "198.51.100.2"}, "198.51.100.2"},
+		{"127.0.0.1:1", []string{"nonsense"}, "127.0.0.1"},
+		{"127.0.0.1:1", []string{""}, "127.0.0.1"},
+		{"[::ffff:192.0.2.7]:1", nil, "192.0.2.7"},
+		{"[2001:db8:1:2:3:4:5:6]:1", nil, "2001:db8:1:2::"},
+		{"[fe80::1%eth0]:1", nil, "fe80::"},
+	} {
+		r := httptest.NewRequest("GET", "/", nil)
+		r.RemoteAddr = test.peer
+		r.Header["X-Forwarded-For"] = test.via
+		if got := address(r); got != test.want {
+			t.Errorf("peer %s via %q: got %s, want %s", test.peer, test.via, got, test.want)
+		}
+	}
+}
+
+func TestLanguage(t *testing.T) {
+	for accept, want := range map[string]string{
+		"": "en", "zh": "zh", "zh-CN,zh;q=0.9,en;q=0.8": "zh", "en-US,en;q=0.9,zh;q=0.8": "en",
+		"fr, de": "en", "fr, zh;q=0.1": "zh", "zh;q=0": "en", "en;q=0.3, ZH-TW;q=0.7": "zh", ";;q=x,,": "en",
+	} {
+		if got := language(accept); got != want {
+			t.Errorf("language(%q): got %s, want %s", accept, got, want)
+		}
+	}
+}
+
+func TestCookieValues(t *testing.T) {
+	h := http.Header{"Cookie": {"a=1; " + cookieName + "=x y\"; b", cookieName + "=;" + cookieName + " =no;" + cookieName + "2=no"}}
+	if got, want := cookieValues(h), []string{"x y\"", ""}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestRedactHidesThePassword(t *testing.T) {
+	for _, text := range []string{"redis://:secret@host:1", "redis://u:secret@h", "-x=redis://u:se@cret@h", "u:secret@h", "invalid value \"redis://:secret@h\" for flag"} {
+		if got := redact(text); strings.Contains(got, "cret") {
+			t.Errorf("redact(%q): got %q", text, got)
+		}
+	}
+}
+
+func TestParseRedis(t *testing.T) {
+	for text, want := range map[string]string{
+		"localhost:6379": "redis://localhost:6379", "redis://h": "redis://h", "rediss://:secret@h:1/2": "rediss://:secret@h:1/2",
+		"localhost": "", "http://h": "", "redis://": "", "redis://h/x": "", "redis:h:1": "", "h:1/2": "", "redis://h:port": "", "[::1]:6379": "redis://[::1]:6379",
+	} {
+		u, err := parseRedis(text)
+		if want == "" && err == nil || want != "" && (err != nil || u.String() != want) {
+			t.Errorf("parseRedis(%q): got %v, %v, want %q", text, u, err, want)
+		}
+		if err != nil && strings.Contains(err.Error(), "secret") {
+			t.Errorf("parseRedis(%q): the error has the password: %v", text, err)
+		}
+	}
+}
+
+// FuzzFrame: a text that is cleaned and encoded is one event with that text and id, whatever
+// was in it.
+func FuzzFrame(f *testing.F) {
+	for _, s := range []string{"hi", "a\nb", "\r\n\r\nid: forged\rdata: x", "\ufeffa", "event: gap", "a\x00\xff", "\u2028", "retry: 1\n\n", " x"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		text, cut := clean(s, maxMessage)
+		if !utf8.ValidString(text) || utf8.RuneCountInString(text) > maxMessage {
+			t.Fatalf("clean(%q) gave %q", s, text)
+		}
+		if again, _ := clean(text, maxMessage); again != text {
+			t.Fatalf("cleaned again, %q became %q", text, again)
+		}
+		checkFrame(t, message{testID(1), text})
+		_ = cut
+	})
+}
+
+// FuzzRedisLine: whatever another program publishes is at most one event, and survives the way
+// through the list.
+func FuzzRedisLine(f *testing.F) {
+	for _, s := range []string{"[12:34:56] 小明: 你好", "a\r\nb", "\xff\x00", strings.Repeat("x", maxLine+1), "\u200b", "id: x\n\ndata: y"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, raw string) {
+		line := fromRedis(raw)
+		if !utf8.ValidString(line) || utf8.RuneCountInString(line) > maxLine {
+			t.Fatalf("fromRedis(%q) gave %q", raw, line)
+		}
+		if stored := toRedis(line); strings.ContainsAny(stored, "\r\n") || fromRedis(stored) != line {
+			t.Fatalf("%q is stored as %q and comes back as %q", line, stored, fromRedis(stored))
+		}
+		checkFrame(t, message{testID(1), line})
+	})
+}
+
+func checkFrame(t *testing.T, m message) {
+	t.Helper()
+	in := &eventReader{in: bufio.NewReader(bytes.NewReader(encode(m)))}
+	e, err := in.next()
+	if err != nil || e.kind != "message" || e.id != m.id || e.data != m.line {
+		t.Fatalf("the frame of %q reads as %+v, %v", m.line, e, err)
+	}
+	if e, err = in.next(); err != io.EOF {
+		t.Fatalf("the frame of %q has a second event %+v", m.line, e)
+	}
+	if len(encode(m)) > 2*pageSize {
+		t.Fatalf("the frame of %q is %d bytes", m.line, len(encode(m)))
+	}
+}
+
+// FuzzCookie: a value that verifies is one that was signed.
+func FuzzCookie(f *testing.F) {
+	k, now := newSigner("key", "password"), time.Unix(1_800_000_000, 0)
+	signed := k.sign(session{id: "abc", name: "小明", expires: now.Add(time.Hour)})
+	for _, s := range []string{signed, "", ".", "v1....", "v1.9999999999.a.b." + k.mac("v1.9999999999.a.b"), signed + "A", signed[1:]} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, value string) {
+		s, ok := k.verify(value, now)
+		if ok && k.sign(s) != value {
+			t.Fatalf("%q verifies as %+v", value, s)
+		}
+		if !ok && value == signed {
+			t.Fatalf("%q does not verify", value)
+		}
+	})
+}
+
+// Keys that a client may choose. None of them is ever the id of a drawn message.
+const (
+	keyA       = "aaaaaaaaaaaaaaaa"
+	keyB       = "bbbbbbbbbbbbbbbb"
+	unknownKey = "no-such-message-here"
+)
+
+var anyKey = regexp.MustCompile(`^[A-Za-z0-9_-]{16,64}$`)
+
+func TestRoutes(t *testing.T) {
+	t.Parallel()
+	open := startRoom(t).url
+	closed := startRoom(t, "CHAT_PASSWORD=geheim").url
+	stranger := newClient(t, open)
+	member := newClient(t, open).login("小明")
+	for _, test := range []struct {
+		name     string
+		who      *client
+		request  string
+		status   int
+		location string
+	}{
+		{"the chat page with a session", member, "GET /", 200, ""},
+		{"the chat page without a session", stranger, "GET /", 303, "/login"},
+		{"the login form", stranger, "GET /login", 200, ""},
+		{"the lesson", stranger, "GET /lesson", 200, ""},
+		{"health", stranger, "GET /healthz", 200, ""},
+		{"polling", stranger, "GET /stream?wait=0", 200, ""},
+		{"logging out", newClient(t, open).login("x"), "POST /logout", 303, "/login"},
+		{"the lesson of a closed room", stranger.at(closed), "GET /lesson", 303, "/login"},
+		{"the chat page of a closed room", stranger.at(closed), "GET /", 303, "/login"},
+		{"the login form of a closed room", stranger.at(closed), "GET /login", 200, ""},
+		{"health of a closed room", stranger.at(closed), "GET /healthz", 200, ""},
+		{"the stream of a closed room", stranger.at(closed), "GET /stream", 401, ""},
+		{"posting to a closed room", stranger.at(closed), "POST /post", 401, ""},
+		{"an unknown path", stranger, "GET /nothing", 404, ""},
+		{"an unknown path, posted to", stranger, "POST /nothing", 404, ""},
+		{"below a known path", stranger, "GET /login/x", 404, ""},
+		{"a slash behind a known path", stranger, "GET /stream/", 404, ""},
+		{"a known path in capitals", stranger, "GET /Login", 404, ""},
+		{"an unknown asset", stranger, "GET /assets/nothing.js", 404, ""},
+		{"the directory of the assets", stranger, "GET /assets/", 404, ""},
+		{"the source", stranger, "GET /main.go", 404, ""},
+	} {
+		method, path, _ := strings.Cut(test.request, " ")
+		got := test.who.do(method, path, "")
+		if got.status != test.status || got.header.Get("Location") != test.location {
+			t.Errorf("%s: %s: got %d, Location %q, want %d, %q", test.name, test.request,
+				got.status, got.header.Get("Location"), test.status, test.location)
+		}
+	}
+	if got := stranger.get("/healthz").body; strings.TrimSpace(got) != "ok" {
+		t.Errorf("a healthy room says %q, want ok", got)
+	}
+	if got := member.get("/").body; !strings.Contains(got, "小明") {
+		t.Error("the chat page does not greet by name")
+	}
+	for _, path := range []string{"//login", "/x/../login", "/./login"} {
+		got := stranger.get(path)
+		if got.status < 301 || got.status > 308 || got.header.Get("Location") != "/login" {
+			t.Errorf("GET %s: got %d to %q, want a redirect to /login", path, got.status, got.header.Get("Location"))
+		}
+	}
+}
+
+func TestOtherMethods(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url).login("小明")
+	for path, allowed := range map[string][]string{
+		"/":        {"GET", "HEAD"},
+		"/login":   {"GET", "HEAD", "POST"},
+		"/logout":  {"POST"},
+		"/post":    {"POST"},
+		"/stream":  {"GET", "HEAD"},
+		"/lesson":  {"GET", "HEAD"},
+		"/healthz": {"GET", "HEAD"},
+		assetOf(c): {"GET", "HEAD"},
+	} {
+		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"} {
+			if slices.Contains(allowed, method) {
+				continue
+			}
+			got := c.do(method, path, "")
+			allow := strings.Split(strings.ReplaceAll(got.header.Get("Allow"), " ", ""), ",")
+			slices.Sort(allow)
+			if got.status != 405 || !slices.Equal(allow, allowed) {
+				t.Errorf("%s %s: got %d, Allow %q, want 405, %q", method, path, got.status, allow, allowed)
+			}
+		}
+	}
+}
+
+func TestHeadAnswersAtOnce(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url).login("小明")
+	for _, path := range []string{"/", "/login", "/lesson", "/healthz", "/stream", "/stream?wait=25s", assetOf(c)} {
+		start := time.Now()
+		got := c.do("HEAD", path, "")
+		if took := time.Since(start); got.status != 200 || got.body != "" || took > 2*time.Second {
+			t.Errorf("HEAD %s: got %d and %d bytes after %v, want 200 and none at once", path, got.status, len(got.body), took)
+		}
+	}
+}
+
+// linked finds what a page loads or leads to.
+var linked = regexp.MustCompile(`(?:src|href)="?(/[^"\s>#?]*)`)
+
+// assetOf is the path of an asset that the login page uses.
+func assetOf(c *client) string {
+	c.t.Helper()
+	for _, found := range linked.FindAllStringSubmatch(c.get("/login").body, -1) {
+		if strings.HasPrefix(found[1], "/assets/") {
+			return found[1]
+		}
+	}
+	c.t.Fatal("the login page uses no asset")
+	return ""
+}
+
+func TestPages(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url).login("小明")
+	for _, page := range []string{"/", "/login", "/lesson"} {
+		got := c.get(page)
+		for name, want := range map[string]string{
+			"Content-Type":           "text/html; charset=utf-8",
+			"X-Content-Type-Options": "nosniff",
+			"Referrer-Policy":        "same-origin",
+		} {
+			if got := got.header.Get(name); !strings.EqualFold(got, want) {
+				t.Errorf("GET %s: %s is %q, want %q", page, name, got, want)
+			}
+		}
+		policy := got.header.Get("Content-Security-Policy")
+		for _, want := range []string{"default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'",
+			"form-action 'self'", "base-uri 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'"} {
+			if !strings.Contains(policy, want) {
+				t.Errorf("GET %s: the policy %q lacks %q", page, policy, want)
+			}
+		}
+		for _, found := range linked.FindAllStringSubmatch(got.body, -1) {
+			if linked := c.get(found[1]); linked.status != 200 {
+				t.Errorf("GET %s leads to %s, which is %d", page, found[1], linked.status)
+			}
+		}
+	}
+	asset := assetOf(c)
+	etag := c.get(asset).header.Get("ETag")
+	if got := c.get(asset, "If-None-Match: "+etag); etag == "" || got.status != 304 || got.body != "" {
+		t.Errorf("GET %s with its ETag %q: got %d and %d bytes, want 304 and none", asset, etag, got.status, len(got.body))
+	}
+	if got := c.get(asset, `If-None-Match: "other"`); got.status != 200 || got.body == "" {
+		t.Errorf("GET %s with another ETag: got %d and %d bytes, want it", asset, got.status, len(got.body))
+	}
+}
+
+func TestLoginForm(t *testing.T) {
+	t.Parallel()
+	open := newClient(t, startRoom(t).url)
+	closed := newClient(t, startRoom(t, "CHAT_PASSWORD=geheim").url)
+	if body := open.get("/login").body; !strings.Contains(body, `name="user"`) || strings.Contains(body, `name="password"`) {
+		t.Error("the form of an open room asks for something else than the user")
+	}
+	if body := closed.get("/login").body; !strings.Contains(body, `name="user"`) || !strings.Contains(body, `name="password"`) {
+		t.Error("the form of a closed room does not ask for user and password")
+	}
+	for _, test := range []struct {
+		name   string
+		c      *client
+		body   string
+		status int
+		kept   string // stands in the form that comes back
+	}{
+		{"a good name", open, form("user", "小明"), 303, ""},
+		{"a name with a colon", open, form("user", "a:b"), 422, `value="a:b"`},
+		{"a name of markup, refused, is kept as text", open, form("user", `"><b>:`), 422, `value="&#34;&gt;&lt;b&gt;:"`},
+		{"no name", open, "", 422, `name="user"`},
+		{"the right password", closed, form("user", "小明", "password", "geheim"), 303, ""},
+		{"a wrong password", closed, form("user", "小明", "password", "Geheim"), 403, `value="小明"`},
+		{"no password", closed, form("user", "小明"), 403, `value="小明"`},
+		{"a bad name and the right password", closed, form("user", "a:b", "password", "geheim"), 422, `value="a:b"`},
+	} {
+		got := test.c.do("POST", "/login", test.body)
+		if got.status != test.status || !strings.Contains(got.body, test.kept) {
+			t.Errorf("%s: got %d and the form %q, want %d with %q", test.name, got.status, got.body, test.status, test.kept)
+		}
+		if cookie := got.header.Get("Set-Cookie"); (cookie != "") != (test.status == 303) {
+			t.Errorf("%s: got status %d with the cookie %q", test.name, got.status, cookie)
+		}
+		if strings.Contains(got.body, "geheim") || strings.Contains(got.body, "Geheim") {
+			t.Errorf("%s: the form repeats the password", test.name)
+		}
+	}
+}
+
+func TestSessionCookie(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	cookie := func(path, body string, headers ...string) *http.Cookie {
+		t.Helper()
+		got := (&http.Response{Header: c.do("POST", path, body, headers...).header}).Cookies()
+		if len(got) != 1 {
+			t.Fatalf("POST %s sets %d cookies, want 1", path, len(got))
+		}
+		return got[0]
+	}
+	got := cookie("/login", form("user", "小明"))
+	if !got.HttpOnly || got.SameSite != http.SameSiteLaxMode || got.Path != "/" || got.Domain != "" || got.Secure {
+		t.Errorf("got %v, want HttpOnly, SameSite=Lax, Path=/, and neither Domain nor Secure", got)
+	}
+	life := time.Duration(got.MaxAge) * time.Second
+	if got.MaxAge == 0 {
+		life = time.Until(got.Expires).Round(time.Minute)
+	}
+	if life != 30*24*time.Hour {
+		t.Errorf("the browser keeps the cookie for %v, want 30 days", life)
+	}
+	again := cookie("/login", form("user", "小明"))
+	if again.Value == got.Value {
+		t.Error("two sessions have one cookie")
+	}
+	if !cookie("/login", form("user", "小明"), "X-Forwarded-Proto: https").Secure {
+		t.Error("behind TLS the cookie is not Secure")
+	}
+	if gone := cookie("/logout", ""); gone.Name != got.Name || gone.MaxAge >= 0 && time.Until(gone.Expires) > 0 {
+		t.Errorf("logging out sets %v, want %s gone", gone, got.Name)
+	}
+}
+
+func TestWhoSpeaks(t *testing.T) {
+	t.Parallel()
+	url := startRoom(t).url
+	c := newClient(t, url)
+	heard := c.stream("", "")
+	c.say("before")
+	c.login("小明").say("with a session")
+	session := c.session().String()
+	c.do("POST", "/logout", "")
+	c.say("after")
+	stranger := newClient(t, url)
+	stranger.post("a cookie of somebody else", "Cookie: theirs=1")
+	if got := stranger.post("broken", "Cookie: "+session+"x"); got != 401 {
+		t.Errorf("posting with a broken session: got %d, want 401", got)
+	}
+	stranger.post("one of two is good", "Cookie: "+session+"x; "+session)
+	heard.hears("anonymous: before", "小明: with a session", "anonymous: after",
+		"anonymous: a cookie of somebody else", "小明: one of two is good")
+	if got := stranger.get("/", "Cookie: "+session+"x"); got.status != 303 {
+		t.Errorf("the page with a broken session: got %d, want 303", got.status)
+	}
+}
+
+func TestClosedRoom(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t, "CHAT_PASSWORD=geheim").url)
+	if got := c.post("hello"); got != 401 {
+		t.Errorf("posting without a session: got %d, want 401", got)
+	}
+	if got := c.get("/stream?wait=0").status; got != 401 {
+		t.Errorf("reading without a session: got %d, want 401", got)
+	}
+	if got := c.do("POST", "/login", form("user", "小明", "password", "geheim")).status; got != 303 {
+		t.Fatalf("logging in: got %d, want 303", got)
+	}
+	c.say("hello")
+	c.stream("", "").hears("小明: hello")
+	for _, path := range []string{"/", "/lesson"} {
+		if got := c.get(path).status; got != 200 {
+			t.Errorf("GET %s with a session: got %d, want 200", path, got)
+		}
+	}
+}
+
+func TestWhatEndsSessions(t *testing.T) {
+	t.Parallel()
+	member := newClient(t, startRoom(t, "CHAT_KEY=one key").url).login("小明")
+	for _, test := range []struct {
+		name string
+		env  []string
+		want int
+	}{
+		{"a restart with the same key keeps them", []string{"CHAT_KEY=one key"}, 204},
+		{"another key", []string{"CHAT_KEY=another"}, 401},
+		{"a restart without a key", nil, 401},
+		{"a password is set", []string{"CHAT_KEY=one key", "CHAT_PASSWORD=geheim"}, 401},
+	} {
+		if got := member.at(startRoom(t, test.env...).url).post("hello"); got != test.want {
+			t.Errorf("%s: got %d, want %d", test.name, got, test.want)
+		}
+	}
+}
+
+// TestPostChecksInOrder gives each request two faults; the one that is checked first decides.
+func TestPostChecksInOrder(t *testing.T) {
+	t.Parallel()
+	url := startRoom(t, "-rate", "5").url
+	member := newClient(t, url).login("小明")
+	fast := newClient(t, url).login("小红")
+	witness := member.stream("", "")
+	for i := range 40 {
+		if got := fast.postKey(fmt.Sprintf("%s%04d", keyA, i), "quick"); got != 204 {
+			break
+		}
+	}
+	const plain, crossSite = "Content-Type: text/plain", "Sec-Fetch-Site: cross-site"
+	broken := "Cookie: " + member.session().Name + "=broken"
+	letters := func(n int) string { return form("message", strings.Repeat("字", n)) }
+	for _, test := range []struct {
+		name    string
+		who     *client
+		method  string
+		body    string
+		headers []string
+		status  int
+	}{
+		{"another method, cross-site", member, "PUT", "", []string{crossSite}, 405},
+		{"cross-site, a broken session", newClient(t, url), "POST", "message=x", []string{crossSite, broken}, 403},
+		{"a broken session, another type", newClient(t, url), "POST", "message=x", []string{broken, plain}, 401},
+		{"another type, too big", member, "POST", "message=" + strings.Repeat("x", 70<<10), []string{plain}, 415},
+		{"too big, broken escapes", member, "POST", "message=%zz" + strings.Repeat("x", 70<<10), nil, 413},
+		{"broken escapes, no message", member, "POST", "x=%zz", nil, 400},
+		{"a bad key, no message", member, "POST", "", []string{"Idempotency-Key: short"}, 400},
+		{"an empty key, a blank message", member, "POST", "message=+", []string{"Idempotency-Key:"}, 400},
+		{"not UTF-8, too long", member, "POST", letters(4001) + "%ff", nil, 422},
+		{"too long, a known key", fast, "POST", letters(4001), []string{"Idempotency-Key: " + keyA + "0000"}, 413},
+		{"blank, a known key", fast, "POST", "message=", []string{"Idempotency-Key: " + keyA + "0000"}, 422},
+		{"a known key, too fast", fast, "POST", "message=again", []string{"Idempotency-Key: " + keyA + "0000"}, 204},
+		{"too fast", fast, "POST", "message=more", nil, 429},
+	} {
+		got := test.who.do(test.method, "/post", test.body, test.headers...)
+		if got.status != test.status {
+			t.Errorf("%s: got %d %.100q, want %d", test.name, got.status, got.body, test.status)
+		}
+		if retry := got.header.Get("Retry-After"); (retry != "") != (test.status == 429) {
+			t.Errorf("%s: got %d with Retry-After %q", test.name, got.status, retry)
+		}
+	}
+	member.say("last")
+	for e := witness.message(); e.said() != "小明: last"; e = witness.message() {
+		if e.said() != "小红: quick" {
+			t.Errorf("a refused message is in the room: %q", e.data)
+		}
+	}
+}
+
+func TestSizeLimitsOfPost(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	padded := func(size int) string { return "message=x&pad=" + strings.Repeat("x", size-len("message=x&pad=")) }
+	for _, test := range []struct {
+		name, body string
+		status     int
+	}{
+		{"a body of 64 KiB", padded(64 << 10), 204},
+		{"one byte more", padded(64<<10 + 1), 413},
+		{"4000 letters", form("message", strings.Repeat("x", 4000)), 204},
+		{"4000 code points of four bytes", form("message", strings.Repeat("😀", 4000)), 204},
+		{"4001 code points", form("message", strings.Repeat("字", 4001)), 413},
+		{"4000 after cleaning", form("message", strings.Repeat("x", 3999)+"\r\n\x00\x01"), 204},
+	} {
+		if got := c.do("POST", "/post", test.body).status; got != test.status {
+			t.Errorf("%s: got %d, want %d", test.name, got, test.status)
+		}
+	}
+}
+
+func TestIdempotencyKey(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	s := c.stream("", "")
+	var posts sync.WaitGroup
+	for range 20 {
+		posts.Go(func() {
+			if got := c.postKey(keyA, "pressed twenty times"); got != 204 {
+				t.Errorf("the same key again: got %d, want 204", got)
+			}
+		})
+	}
+	posts.Wait()
+	if got := newClient(t, c.url).postKey(keyA, "another text by another person"); got != 204 {
+		t.Errorf("a key of somebody else: got %d, want 204", got)
+	}
+	c.say("without a key")
+	if e := s.message(); e.id != keyA || e.said() != "anonymous: pressed twenty times" {
+		t.Errorf("got %v, want the message under its key", e)
+	}
+	if e := s.message(); !anyKey.MatchString(e.id) || e.said() != "anonymous: without a key" {
+		t.Errorf("got %v, want the second message under a drawn id", e)
+	}
+}
+
+// TestNewest4096 looks at both sides of the end of what a room remembers.
+func TestNewest4096(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	c.postKey(keyA, "the first")
+	c.postKey(keyB, "the second")
+	for range 4095 {
+		c.say("x")
+	}
+	polled := func(cursor string) []event { return c.stream("wait=0", cursor).until("end") }
+	if got := c.postKey(keyB, "the second again"); got != 204 || len(said(polled(keyB))) != 4095 {
+		t.Errorf("the oldest of 4096 messages: got %d, then %d messages after it, want 4095", got, len(said(polled(keyB))))
+	}
+	for _, cursor := range []string{keyA, "0"} {
+		if got := polled(cursor); got[0].kind != "gap" || len(said(got)) != 200 {
+			t.Errorf("resuming at %s behind 4097 messages: got %s first and %d messages, want a gap and 200", cursor, got[0].kind, len(said(got)))
+		}
+	}
+	c.postKey(keyA, "a forgotten key")
+	if got := said(polled("")); got[199] != "anonymous: a forgotten key" {
+		t.Errorf("a key that is no longer among the newest 4096 gives %q, want a message", got[199])
+	}
+}
+
+func TestMessageFrame(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url).login("小明")
+	before := time.Now().Truncate(time.Second)
+	c.postKey(keyA, "one\r\ntwo\n\n event: gap\rid: 0")
+	got := c.get("/stream?wait=0")
+	frame := regexp.MustCompile(`(?m)^id: ?` + keyA + `\ndata: ?\[(\d\d:\d\d:\d\d)\] 小明: one\ndata: ?two\ndata: ?\ndata:  event: gap\ndata: ?id: 0\n\n`)
+	found := frame.FindStringSubmatch(got.body)
+	if found == nil {
+		t.Fatalf("got %q, want the message as id and a data line for each line", got.body)
+	}
+	for now := before; found[1] != now.Format(time.TimeOnly); now = now.Add(time.Second) {
+		if now.After(time.Now()) {
+			t.Errorf("the message is of %s, want %s", found[1], before.Format(time.TimeOnly))
+			break
+		}
+	}
+	if !strings.HasPrefix(got.body, "retry:") {
+		t.Errorf("the answer starts with %.20q, want retry", got.body)
+	}
+	for name, want := range map[string]string{
+		"Content-Type":      "text/event-stream",
+		"Cache-Control":     "no-store, no-transform",
+		"X-Accel-Buffering": "no",
+	} {
+		if live := c.stream("", "").header.Get(name); got.header.Get(name) != want || live != want {
+			t.Errorf("%s: got %q polling and %q streaming, want %q", name, got.header.Get(name), live, want)
+		}
+	}
+}
+
+func TestNewcomer(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t, "-history", "2").url)
+	if got := c.stream("", "").next(patience); got.kind != "ping" || got.id != "0" || got.data != "" {
+		t.Errorf("an empty room starts with %v, want a ping of id 0", got)
+	}
+	c.say("one", "two")
+	c.postKey(keyA, "three")
+	s := c.stream("", "")
+	got := s.until("ping")
+	if want := []string{"anonymous: two", "anonymous: three"}; !slices.Equal(said(got), want) || len(got) != 3 {
+		t.Errorf("a newcomer gets %v, want %q and a ping", got, want)
+	}
+	c.say("four")
+	s.hears("anonymous: four")
+	all := newClient(t, startRoom(t, "-history", "0").url)
+	all.postKey(keyA, "one")
+	if got := all.stream("", "").next(patience); got.kind != "ping" || got.id != keyA {
+		t.Errorf("without history a newcomer gets %v, want a ping of the newest id", got)
+	}
+}
+
+func TestResume(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t, "-history", "2").url)
+	const a, b, d = keyA + "1", keyA + "2", keyA + "3"
+	for _, key := range []string{a, b, d} {
+		c.postKey(key, key)
+	}
+	for _, test := range []struct {
+		name, query, header string
+		want                string // kinds, each message by its last letter
+	}{
+		{"a newcomer", "", "", "2 3 ping"},
+		{"after the first, more than a newcomer gets", "", a, "2 3 ping"},
+		{"after the second", "", b, "3 ping"},
+		{"after the newest", "", d, "ping"},
+		{"after= does the same", "after=" + b, "", "3 ping"},
+		{"the header wins", "after=" + a, d, "ping"},
+		{"the header wins, even unknown", "after=" + d, unknownKey, "gap 2 3 ping"},
+		{"0 is the beginning", "", "0", "1 2 3 ping"},
+		{"after=0 is the beginning", "after=0", "", "1 2 3 ping"},
+		{"an unknown id", "", unknownKey, "gap 2 3 ping"},
+		{"after= an unknown id", "after=" + unknownKey, "", "gap 2 3 ping"},
+		{"what cannot be an id", "", "§", "gap 2 3 ping"},
+		{"a number", "", "1", "gap 2 3 ping"},
+		{"behind a known id of a foreign line that is not here", "", b + ".abcdefgh", "3 ping"},
+	} {
+		for _, wait := range []string{"", "wait=0", "wait=25s"} {
+			if wait == "wait=25s" && test.want == "ping" {
+				continue // holds on
+			}
+			s := c.stream(strings.Trim(wait+"&"+test.query, "&"), test.header)
+			last := "ping"
+			if wait != "" {
+				last = "end"
+			}
+			var got []string
+			for _, e := range s.until(last) {
+				switch e.kind {
+				case "message":
+					got = append(got, e.id[len(e.id)-1:])
+				case "end":
+				default:
+					got = append(got, e.kind)
+				}
+				if e.kind == "ping" && e.id != d {
+					t.Errorf("%s, %s: the ping has the id %q, want %q", test.name, wait, e.id, d)
+				}
+			}
+			if got := strings.Join(got, " "); got != test.want {
+				t.Errorf("%s, %s: got %q, want %q", test.name, wait, got, test.want)
+			}
+		}
+	}
+}
+
+func TestWaitValues(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	for query, want := range map[string]int{
+		"wait=0": 200, "wait=0s": 200, "wait=1ms": 200, "wait=0.01s": 200, "wait=1h": 200, "wait=2000000h": 200,
+		"wait=": 400, "wait=-1s": 400, "wait=-1ns": 400, "wait=5": 400, "wait=soon": 400, "wait=1e3s": 400,
+		"wait=99999999999999999999h": 400, "wait=NaN": 400, "wait=%00": 400,
+	} {
+		if got := c.stream(query, "").status; got != want {
+			t.Errorf("/stream?%s: got %d, want %d", query, got, want)
+		}
+	}
+}
+
+func TestPolling(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	if got := kinds(c.stream("wait=0", "").until("end")); !slices.Equal(got, []string{"ping", "end"}) {
+		t.Errorf("polling an empty room gives %q, want a ping", got)
+	}
+	c.say("one", "two")
+	got := c.stream("wait=0", "").until("end")
+	if !slices.Equal(kinds(got), []string{"message", "message", "ping", "end"}) || !slices.Equal(got[0].retry, []int{2000}) {
+		t.Errorf("polling gives %v, want retry 2000, the messages and a ping", got)
+	}
+	next := got[2].id
+	if got := kinds(c.stream("wait=0", next).until("end")); !slices.Equal(got, []string{"ping", "end"}) {
+		t.Errorf("polling again gives %q, want a ping", got)
+	}
+}
+
+func TestLongPolling(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	start := time.Now()
+	got := c.stream("wait=300ms", "").until("end")
+	if took := time.Since(start); len(said(got)) != 0 || got[len(got)-2].kind != "ping" || took < 300*time.Millisecond || took > 3*time.Second {
+		t.Errorf("in silence: %v after %v, want it to end with a ping after 300ms", got, took)
+	}
+	waiting := c.stream("wait=25s", "0")
+	if got := waiting.next(patience); got.kind != "ping" || got.id != "0" || len(got.retry) != 1 || got.retry[0] < 200 || got.retry[0] > 400 {
+		t.Errorf("a waiting answer starts with %v, want a retry of 200 to 400 and a ping of id 0", got)
+	}
+	c.postKey(keyA, "one")
+	got = waiting.until("end")
+	if !slices.Equal(kinds(got), []string{"message", "ping", "end"}) || got[1].id != keyA {
+		t.Errorf("then it gets %v, want the message and a ping of its id", got)
+	}
+	got = c.stream("wait=25s", "").until("end")
+	if !slices.Equal(kinds(got), []string{"message", "ping", "end"}) {
+		t.Errorf("with history: got %v, want it to end after the history", got)
+	}
+}
+
+func TestRetryDiffers(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	for _, test := range []struct {
+		query    string
+		min, max int
+	}{{"", 1000, 4000}, {"wait=25s", 200, 400}} {
+		seen := map[int]bool{}
+		for range 30 {
+			s := c.stream(test.query, "")
+			e := s.next(patience)
+			if len(e.retry) != 1 || e.retry[0] < test.min || e.retry[0] > test.max {
+				t.Fatalf("/stream?%s: retry %v, want one from %d to %d", test.query, e.retry, test.min, test.max)
+			}
+			seen[e.retry[0]] = true
+			s.close()
+		}
+		if len(seen) < 10 {
+			t.Errorf("/stream?%s: 30 readers got %d different values of retry", test.query, len(seen))
+		}
+	}
+}
+
+func TestHeartbeat(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 17 s")
+	}
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	live, waiting := c.stream("", ""), c.stream("wait=17s", "")
+	start := time.Now()
+	live.until("ping")
+	if e := live.next(17 * time.Second); e.kind != "ping" || time.Since(start) < 14*time.Second {
+		t.Errorf("in silence: got %v after %v, want a ping after 15 s", e, time.Since(start))
+	}
+	got := waiting.until("end")
+	if took := time.Since(start); took < 16*time.Second || len(got) < 4 || len(said(got)) != 0 {
+		t.Errorf("long polling in silence: got %v until %v, want two pings and a last one until 17s", got, took)
+	}
+}
+
+func TestShutdown(t *testing.T) {
+	t.Parallel()
+	r := startRoom(t)
+	c := newClient(t, r.url)
+	c.postKey(keyA, "hello")
+	var open []*answer
+	for i := range 200 {
+		query := ""
+		if i%4 == 0 {
+			query = "wait=25s"
+		}
+		s := c.stream(query, keyA)
+		s.until("ping")
+		open = append(open, s)
+	}
+	start := time.Now()
+	if err := r.stop(); err != nil || time.Since(start) > time.Second {
+		t.Errorf("with 200 streams open it ended after %v with %v, want nil within a second", time.Since(start), err)
+	}
+	seen := map[int]bool{}
+	for _, s := range open {
+		e := s.next(patience)
+		if e.kind != "end" || len(e.retry) != 1 || e.retry[0] < 1000 || e.retry[0] > 4000 {
+			t.Fatalf("a stream ended with %v, want a retry of 1000 to 4000", e)
+		}
+		seen[e.retry[0]] = true
+	}
+	if len(seen) < 50 {
+		t.Errorf("200 readers come back at %d different times", len(seen))
+	}
+}
+
+func TestSignals(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"TERM", "INT"} {
+		p := startProcess(t)
+		s := newClient(t, p.url).stream("", "")
+		s.until("ping")
+		p.signal(name)
+		if err := p.wait(time.Second); err != nil {
+			t.Errorf("SIG%s with a stream open: %v, want exit status 0", name, err)
+		}
+		s.until("end")
+	}
+}
+
+func TestRate(t *testing.T) {
+	t.Parallel()
+	url := startRoom(t, "-rate", "5").url
+	fast, calm := newClient(t, url).login("小明"), newClient(t, url).login("小红")
+	for range 30 {
+		if got := fast.post(" "); got != 422 {
+			t.Fatalf("a blank message: got %d, want 422", got)
+		}
+	}
+	start, accepted := time.Now(), 0
+	for i := range 40 {
+		switch got := fast.do("POST", "/post", "message=x"); got.status {
+		case 204:
+			accepted++
+		case 429:
+			if !regexp.MustCompile(`^[1-9]\d*$`).MatchString(got.header.Get("Retry-After")) {
+				t.Fatalf("too fast, with Retry-After %q", got.header.Get("Retry-After"))
+			}
+		default:
+			t.Fatalf("message %d: got %d, want 204 or 429", i, got.status)
+		}
+	}
+	if most := 11 + int(5*time.Since(start).Seconds()); accepted < 10 || accepted > most {
+		t.Errorf("%d messages passed, want 10 to %d; a refusal costs nothing", accepted, most)
+	}
+	calm.say("heard")
+	eventually(t, "the rate to let the sender in again", func() bool { return fast.post("again") == 204 })
+
+	stranger := newClient(t, url)
+	for range 40 {
+		stranger.post("x", "X-Forwarded-For: 192.0.2.1")
+	}
+	if got := stranger.post("x", "X-Forwarded-For: 192.0.2.1"); got != 429 {
+		t.Errorf("the 41st message without a session of one address: got %d, want 429", got)
+	}
+	if got := stranger.post("x", "X-Forwarded-For: 192.0.2.1, 192.0.2.2"); got != 204 {
+		t.Errorf("a message without a session of another address: got %d, want 204", got)
+	}
+}
+
+func TestRateOfLogins(t *testing.T) {
+	t.Parallel()
+	open := newClient(t, startRoom(t, "-rate", "5").url)
+	closed := newClient(t, startRoom(t, "-rate", "5", "CHAT_PASSWORD=geheim").url)
+	for _, test := range []struct {
+		name           string
+		c              *client
+		body           string
+		status, burst  int
+		refill, beyond int
+	}{
+		{"sessions of one address", open, form("user", "小明"), 303, 400, 5, 429},
+		{"wrong passwords of one address", closed, form("user", "小明", "password", "x"), 403, 20, 1, 429},
+	} {
+		start, passed := time.Now(), 0
+		got := test.c.do("POST", "/login", test.body)
+		for ; got.status == test.status && passed < 3*test.burst; passed++ {
+			got = test.c.do("POST", "/login", test.body)
+		}
+		most := test.burst + 1 + int(float64(test.refill)*time.Since(start).Seconds())
+		if passed < test.burst || passed > most || got.status != test.beyond || got.header.Get("Retry-After") == "" {
+			t.Errorf("%s: %d of %d at once, then %d with Retry-After %q; want %d and then %d", test.name,
+				passed, test.status, got.status, got.header.Get("Retry-After"), test.burst, test.beyond)
+		}
+	}
+	right := form("user", "小明", "password", "geheim")
+	if got := closed.do("POST", "/login", right).status; got != 429 {
+		t.Errorf("the right password after too many wrong ones: got %d, want 429", got)
+	}
+	if got := closed.do("POST", "/login", right, "X-Forwarded-For: 192.0.2.1").status; got != 303 {
+		t.Errorf("the right password from another address: got %d, want 303", got)
+	}
+}
+
+// TestTwoProcesses has two processes on one Redis, and later a third.
+func TestTwoProcesses(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	one := newClient(t, r.room().url).login("小明")
+	two := one.at(r.room().url) // the session holds there too
+	atOne, atTwo := one.stream("", ""), two.stream("", "")
+	var writers sync.WaitGroup
+	for i, c := range []*client{one, two} {
+		writers.Go(func() {
+			for n := range 20 {
+				if got := c.postKey(fmt.Sprintf("%s-%d-%02d", keyA, i, n), fmt.Sprint(i, n)); got != 204 {
+					t.Errorf("message %d at process %d: got %d, want 204", n, i, got)
+				}
+			}
+		})
+	}
+	writers.Wait()
+	for i, c := range []*client{two, one} {
+		if got := c.postKey(fmt.Sprintf("%s-%d-00", keyA, i), "again"); got != 204 {
+			t.Errorf("a key of the other process: got %d, want 204", got)
+		}
+	}
+	three := one.at(r.room().url)
+	atThree := three.stream("", "")
+	var ids []string
+	for range 40 {
+		a, b, c := atOne.message(), atTwo.message(), atThree.message()
+		if a.id != b.id || a.data != b.data || a.id != c.id || a.data != c.data {
+			t.Fatalf("the processes differ: %v, %v, the late one %v", a, b, c)
+		}
+		ids = append(ids, a.id)
+	}
+	one.say("last")
+	for i, c := range []*client{one, two, three} {
+		got := c.stream("wait=0", ids[30]).until("end")
+		if kinds(got)[0] != "message" || got[0].id != ids[31] || len(said(got)) != 10 {
+			t.Errorf("resuming at process %d: got %v, want the 10 messages after %s", i, got, ids[30])
+		}
+		c.stream("", ids[39]).hears("小明: last")
+	}
+}
+
+// TestRedisLayout is DESIGN's contract with other programs on the same Redis.
+func TestRedisLayout(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	c := newClient(t, r.room().url).login("小明")
+	heard := r.listen("chat", "chat:id")
+	want := func(pattern string) {
+		t.Helper()
+		select {
+		case got := <-heard:
+			if !regexp.MustCompile(pattern).MatchString(got) {
+				t.Fatalf("on the channels: got %q, want %s", got, pattern)
+			}
+		case <-time.After(patience):
+			t.Fatalf("on the channels: nothing, want %s", pattern)
+		}
+	}
+	c.postKey(keyA, "你好")
+	want(`^chat:id ` + keyA + `$`)
+	want(`^chat \[\d\d:\d\d:\d\d\] 小明: 你好$`)
+	c.postKey(keyB, "one\ntwo")
+	want(`^chat:id ` + keyB + `$`)
+	want("^chat \\[\\d\\d:\\d\\d:\\d\\d\\] 小明: one\u2028two$")
+	c.postKey(keyA, "again")
+	c.post("")
+	r.do("PUBLISH", "chat", "end")
+	want(`^chat end$`)
+
+	got := r.history()
+	if len(got) != 2 || !strings.HasPrefix(got[0], keyA+" [") || !strings.HasSuffix(got[0], "] 小明: 你好") ||
+		!strings.HasPrefix(got[1], keyB+" [") || !strings.HasSuffix(got[1], "] 小明: one\u2028two") {
+		t.Errorf("chat:history holds %q, want id, space and line of two messages", got)
+	}
+	polled := c.stream("wait=0", "").until("end")
+	if want := []string{"小明: 你好", "小明: one\ntwo", "end"}; !slices.Equal(said(polled), want) {
+		t.Errorf("the room holds %q, want %q", said(polled), want)
+	}
+	key, err := redis.Bytes(r.do("GET", "chat:key"), nil)
+	if err != nil || len(key) < 16 {
+		t.Errorf("chat:key holds %d bytes, %v, want a key", len(key), err)
+	}
+}
+
+func TestRedisListIsTrimmed(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	r.do("EVAL", `for i = 1, 4200 do
+		redis.call("RPUSH", KEYS[1], string.format("drawn-by-the-test-%04d [12:00:00] x: %d", i, i))
+	end`, 1, "chat:history")
+	room := r.room("-history", "4096")
+	c := newClient(t, room.url)
+	c.say("one more")
+	if got := r.history(); len(got) != 4096 || !strings.HasPrefix(got[4094], "drawn-by-the-test-4200 ") {
+		t.Errorf("the list holds %d lines, the last but one %q, want 4096 and the newest", len(got), got[len(got)-2])
+	}
+	got := said(c.stream("wait=0", "").until("end"))
+	if len(got) != 4096 || got[0] != "x: 106" || got[4095] != "anonymous: one more" {
+		t.Errorf("a newcomer gets %d messages, %q to %q, want 4096 up to the newest", len(got), got[0], got[len(got)-1])
+	}
+}
+
+// TestForeignLines publishes as the Flask original and redis-cli do: without an id.
+func TestForeignLines(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	one := newClient(t, r.room().url)
+	two := one.at(r.room().url)
+	atOne, atTwo := one.stream("", ""), two.stream("", "")
+	foreign := func(line, after string) string {
+		t.Helper()
+		r.do("PUBLISH", "chat", line)
+		a, b := atOne.message(), atTwo.message()
+		if a.id != b.id || a.data != b.data || a.data != strings.ReplaceAll(line, "\u2028", "\n") {
+			t.Fatalf("of %q the processes make %v and %v", line, a, b)
+		}
+		if !regexp.MustCompile(`^` + after + `\.[A-Za-z]{8}$`).MatchString(a.id) {
+			t.Errorf("%q has the id %q, want %s, a dot and eight letters", line, a.id, after)
+		}
+		return a.id
+	}
+	early := foreign("[12:34:56] flask: hi", "0")
+	one.postKey(keyA, "announced")
+	atOne.hears("anonymous: announced")
+	atTwo.hears("anonymous: announced")
+	first := foreign("hi", keyA)
+	second := foreign("hi", keyA)
+	third := foreign("two\u2028lines", keyA)
+	if early == first || first == second || second == third {
+		t.Errorf("foreign lines have the ids %q, %q, %q, %q, want four", early, first, second, third)
+	}
+	if got := said(two.stream("wait=0", first).until("end")); !slices.Equal(got, []string{"hi", "two\nlines"}) {
+		t.Errorf("after the first foreign line: got %q, want the other two", got)
+	}
+	if got := len(r.history()); got != 1 {
+		t.Errorf("chat:history holds %d lines, want only the announced one", got)
+	}
+	three := one.at(r.room().url)
+	one.say("next")
+	if got := three.stream("wait=0", third).until("end"); !slices.Equal(said(got), []string{"anonymous: next"}) || got[0].kind != "message" {
+		t.Errorf("a process that does not know the foreign id resumes with %v, want what follows the announced line", got)
+	}
+}
+
+func TestChannelName(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	here, there := newClient(t, r.room("-channel", "class").url), newClient(t, r.room().url)
+	here.say("here")
+	there.say("there")
+	if got := said(here.stream("wait=0", "").until("end")); !slices.Equal(got, []string{"anonymous: here"}) {
+		t.Errorf("the room of -channel class holds %q", got)
+	}
+	for _, key := range []string{"class:history", "class:key", "chat:history", "chat:key"} {
+		if n, _ := redis.Int(r.do("EXISTS", key), nil); n != 1 {
+			t.Errorf("%s does not exist", key)
+		}
+	}
+}
+
+func TestRedisAddress(t *testing.T) {
+	t.Parallel()
+	r, other := startRedis(t, "--requirepass", "geheim"), startRedis(t)
+	url := "redis://:geheim@" + r.addr
+	byFlag := startRoom(t, "-redis", url, "REDIS_URL=redis://"+other.addr).joined()
+	byEnv := startRoom(t, "REDIS_URL="+url).joined()
+	s := newClient(t, byEnv.url).stream("", "")
+	newClient(t, byFlag.url).say("hello")
+	s.hears("anonymous: hello")
+	for _, room := range []*room{byFlag, byEnv} {
+		if printed := room.out.String() + room.log.String(); strings.Contains(printed, "geheim") {
+			t.Errorf("the password is printed: %s", printed)
+		}
+	}
+}
+
+func TestSessionsInRedis(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	room := r.room()
+	c := newClient(t, room.url).login("小明")
+	c.postKey(keyA, "before")
+	room.stop()
+	c = c.at(r.room().url)
+	if got := c.post("after"); got != 204 {
+		t.Errorf("the session after a restart of the process: got %d, want 204", got)
+	}
+	if got := said(c.stream("wait=0", keyA).until("end")); !slices.Equal(got, []string{"小明: after"}) {
+		t.Errorf("resuming after a restart of the process: got %q", got)
+	}
+	key, _ := redis.String(r.do("GET", "chat:key"), nil)
+	r.do("DEL", "chat:key")
+	r.do("CLIENT", "KILL", "TYPE", "pubsub")
+	eventually(t, "the key to be set again", func() bool {
+		again, _ := redis.String(r.do("GET", "chat:key"), nil)
+		return again == key
+	})
+	own := startRedis(t)
+	own.room("CHAT_KEY=my own")
+	if n, _ := redis.Int(own.do("EXISTS", "chat:key"), nil); n != 0 {
+		t.Error("with CHAT_KEY a key is drawn in Redis")
+	}
+}
+
+// TestUnknownID comes to a room on Redis with an id that it does not know.
+func TestUnknownID(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	c := newClient(t, r.room().url)
+	c.say("one")
+	for _, garbage := range []string{"§", "short", strings.Repeat("x", 65)} {
+		if got := kinds(c.stream("", garbage).until("ping")); !slices.Equal(got, []string{"gap", "message", "ping"}) {
+			t.Errorf("what cannot be an id: got %q, want gap, the message and a ping at once", got)
+		}
+	}
+	unresolved := c.stream("wait=0", unknownKey).until("end")
+	if got := kinds(unresolved); slices.Contains(got, "gap") || slices.Contains(got, "message") || got[0] != "wait" {
+		t.Errorf("a poll with an unknown id: got %q, want wait and no gap", got)
+	}
+	for _, e := range unresolved {
+		if e.id != "" && e.id != unknownKey {
+			t.Errorf("a poll that ends unresolved moves the reader to %q", e.id)
+		}
+	}
+
+	start := time.Now()
+	lost, early := c.stream("", unknownKey), c.stream("", keyA)
+	for _, s := range []*answer{lost, early} {
+		if got := s.next(time.Second); got.kind != "wait" || got.data != "" || len(got.retry) != 1 {
+			t.Errorf("at once: got %v, want retry and wait", got)
+		}
+	}
+	c.say("two")
+	c.postKey(keyA, "three")
+	c.say("four")
+	if got := early.message(); got.said() != "anonymous: four" {
+		t.Errorf("an id that arrived in time: got %v, want what follows it", got)
+	}
+	got := lost.until("ping")
+	if took := time.Since(start); took < 1900*time.Millisecond || took > 5*time.Second {
+		t.Errorf("the gap came after %v, want 2s", took)
+	}
+	if !slices.Equal(kinds(got), []string{"gap", "message", "message", "message", "message", "ping"}) {
+		t.Errorf("an id that did not arrive: got %v, want gap, what a newcomer gets, and a ping", got)
+	}
+}
+
+// TestRedisAbsent starts without Redis, which appears later.
+func TestRedisAbsent(t *testing.T) {
+	t.Parallel()
+	r := newRedis(t)
+	withKey := newClient(t, startRoom(t, "-redis", r.addr, "CHAT_KEY=one key").url)
+	c := newClient(t, startRoom(t, "-redis", r.addr).url)
+	withKey.login("小明") // needs no Redis
+	cookie := "Cookie: " + withKey.session().String()
+	for _, test := range []struct {
+		name string
+		c    *client
+		do   string
+		body string
+		with []string
+		want int
+	}{
+		{"health", c, "GET /healthz", "", nil, 503},
+		{"the login form needs no key", c, "GET /login", "", nil, 200},
+		{"logging in needs the key", c, "POST /login", "user=x", nil, 503},
+		{"the page without a cookie needs no key", c, "GET /", "", nil, 303},
+		{"the page with a cookie needs the key", c, "GET /", "", []string{cookie}, 503},
+		{"posting with a cookie needs the key", c, "POST /post", "message=x", []string{cookie}, 503},
+		{"posting", c, "POST /post", "message=x", nil, 503},
+		{"posting with the key", withKey, "POST /post", "message=x", nil, 503},
+		{"a blank message is still refused", c, "POST /post", "message=", nil, 422},
+		{"the page with the key", withKey, "GET /", "", nil, 200},
+	} {
+		method, path, _ := strings.Cut(test.do, " ")
+		start := time.Now()
+		got := test.c.do(method, path, test.body, test.with...)
+		if took := time.Since(start); got.status != test.want || took > time.Second {
+			t.Errorf("%s: got %d after %v, want %d at once", test.name, got.status, took, test.want)
+		}
+		if got.status == 503 && method == "POST" && got.header.Get("Retry-After") == "" {
+			t.Errorf("%s: no Retry-After", test.name)
+		}
+	}
+	waiting := c.stream("", "")
+	polled := kinds(c.stream("wait=0", unknownKey).until("end"))
+	if slices.Contains(polled, "gap") {
+		t.Errorf("a poll without Redis: got %q, want no gap", polled)
+	}
+	r.start()
+	eventually(t, "the room to heal", func() bool { return c.get("/healthz").status == 200 })
+	c.say("hello")
+	withKey.joinedPost("hello again")
+	if got := waiting.until("message"); slices.Contains(kinds(got), "gap") {
+		t.Errorf("a newcomer that came before Redis: got %v", got)
+	}
+	waiting.hears("小明: hello again")
+}
+
+// joinedPost posts until the room takes it.
+func (c *client) joinedPost(text string) {
+	c.t.Helper()
+	eventually(c.t, "the room to take a message", func() bool { return c.postKey("joined-post-"+keyA, text) == 204 })
+}
+
+// TestStoppedRedis: what cannot be confirmed is 503, and the retry under its key is free.
+func TestStoppedRedis(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	room := r.room("-rate", "5")
+	c := newClient(t, room.url)
+	r.signal("STOP")
+	start := time.Now()
+	got := c.do("POST", "/post", form("message", "slow"), "Idempotency-Key: "+keyA)
+	if took := time.Since(start); got.status != 503 || got.header.Get("Retry-After") == "" || took < time.Second || took > 4*time.Second {
+		t.Errorf("with Redis stopped: got %d, Retry-After %q after %v, want 503 after about 2s", got.status, got.header.Get("Retry-After"), took)
+	}
+	r.signal("CONT")
+	room.joined()
+	c.joinedPost("joined")
+	for range 2 {
+		if got := c.postKey(keyA, "slow"); got != 204 {
+			t.Errorf("the retry: got %d, want 204", got)
+		}
+	}
+	heard := said(c.stream("wait=0", "").until("end"))
+	slices.Sort(heard)
+	if !slices.Equal(heard, []string{"anonymous: joined", "anonymous: slow"}) {
+		t.Errorf("the room holds %q, want each message once", heard)
+	}
+	r.signal("STOP")
+	answered := make(chan int)
+	go func() { answered <- c.do("POST", "/post", form("message", "at shutdown")).status }()
+	time.Sleep(300 * time.Millisecond) // until the post waits for its confirmation
+	start = time.Now()
+	room.interrupt()
+	if got := <-answered; got != 503 || time.Since(start) > time.Second {
+		t.Errorf("a post that waits at shutdown: got %d after %v, want 503 at once", got, time.Since(start))
+	}
+	if err := room.wait(time.Second); err != nil {
+		t.Errorf("shutdown with Redis stopped: %v", err)
+	}
+	r.signal("CONT")
+}
+
+func TestUsage(t *testing.T) {
+	t.Parallel()
+	ended, end := context.WithCancel(context.Background())
+	end() // should a row not be refused, the room closes at once
+	for _, args := range [][]string{
+		{"-nothing"}, {"word"}, {"-addr"}, {"-addr", "nonsense"}, {"-addr", "127.0.0.1:99999"},
+		{"-history", "-1"}, {"-history", "4097"}, {"-history", "many"},
+		{"-rate", "-1"}, {"-rate", "fast"}, {"-rate", "NaN"}, {"-origin", "nonsense"}, {"-channel", ""},
+		{"-redis", "http://u:geheim@localhost:6379"}, {"-redis", "redis://u:geheim@local host"},
+		{"-redis", "redis://u:geheim@localhost:port"}, {"-redis", "u:geheim@localhost"},
+		{"-redis", "redis://:gehe%im@localhost"}, {"-redis", "redis://:geheim@localhost/db"},
+		{"redis://u:geheim@localhost"}, {"-origin", "http://u:geheim@[localhost"},
+		{"-history", "redis://u:geheim@localhost"}, {"-redsi=redis://u:geheim@localhost"},
+		{"REDIS_URL=redis://u:geheim@localhost:port"},
+	} {
+		env, flags := splitArgs(args)
+		getenv := func(name string) string {
+			if len(env) > 0 && name == "REDIS_URL" {
+				return strings.TrimPrefix(env[0], "REDIS_URL=")
+			}
+			return ""
+		}
+		var stdout, stderr bytes.Buffer
+		err := run(ended, flags, getenv, &stdout, &stderr)
+		var usage usageError
+		if !errors.As(err, &usage) {
+			t.Errorf("%q: got %v, want a usage error", args, err)
+			continue
+		}
+		if text := err.Error(); text == "" || strings.Contains(strings.TrimSpace(text), "\n") || strings.Contains(text, "geheim") {
+			t.Errorf("%q: the error is %q, want one line without the password", args, text)
+		}
+		if stdout.Len()+stderr.Len() > 0 {
+			t.Errorf("%q prints %q and %q before the error", args, stdout.String(), stderr.String())
+		}
+	}
+}
+
+func TestExitStatus(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		flag           string
+		status         int
+		stdout, stderr string
+	}{
+		{"-h", 0, `(?s)-addr.*-channel.*-history.*-origin.*-rate.*-redis.*-version`, `^$`},
+		{"-version", 0, `^\S.*\n$`, `^$`},
+		{"-history=no", 2, `^$`, `^\S[^\n]*\n$`},
+		{"-addr=192.0.2.1:1", 1, `^$`, `^\S[^\n]*\n$`},
+	} {
+		cmd := exec.Command(buildBinary(t), test.flag)
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		cmd.Run()
+		if got := cmd.ProcessState.ExitCode(); got != test.status {
+			t.Errorf("chat %s: exit status %d, want %d", test.flag, got, test.status)
+		}
+		if !regexp.MustCompile(test.stdout).MatchString(stdout.String()) || !regexp.MustCompile(test.stderr).MatchString(stderr.String()) {
+			t.Errorf("chat %s prints %q and %q, want %s and %s", test.flag, stdout.String(), stderr.String(), test.stdout, test.stderr)
+		}
+	}
+}
+
+func TestAddressesOfTheRoom(t *testing.T) {
+	t.Parallel()
+	r := startRoom(t, "-addr", ":0")
+	port := r.url[strings.LastIndex(r.url, ":"):]
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"http://localhost" + port}
+	for _, addr := range addrs {
+		if ip, _, err := net.ParseCIDR(addr.String()); err == nil && ip.To4() != nil && !ip.IsLoopback() && ip.IsGlobalUnicast() {
+			want = append(want, "http://"+ip.String()+port)
+		}
+	}
+	for _, url := range want {
+		if !strings.Contains(r.out.String(), url) {
+			t.Errorf("it prints %q, want %s", r.out.String(), url)
+		}
+	}
+}
+
+func TestTrustedOrigin(t *testing.T) {
+	t.Parallel()
+	const origin = "https://chat.example"
+	trusting := newClient(t, startRoom(t, "-origin", origin).url)
+	wary := newClient(t, startRoom(t).url)
+	for _, headers := range [][]string{
+		{"Origin: " + origin},
+		{"Origin: " + origin, "Sec-Fetch-Site: cross-site"},
+	} {
+		if got := trusting.post("x", headers...); got != 204 {
+			t.Errorf("%q with -origin: got %d, want 204", headers, got)
+		}
+		if got := wary.post("x", headers...); got != 403 {
+			t.Errorf("%q without -origin: got %d, want 403", headers, got)
+		}
+	}
+	if got := trusting.post("x", "Origin: https://other.example"); got != 403 {
+		t.Errorf("another origin: got %d, want 403", got)
+	}
+	if got := wary.do("POST", "/post", "message=x", "Origin: "+origin).body; !strings.Contains(got, "-origin") {
+		t.Errorf("the refusal says %q, want a hint at -origin", got)
+	}
+}
+
+// A witness hears everything that reaches a room, from before the table of a test to its end.
+type witness struct {
+	*answer
+	c *client
+}
+
+func newWitness(t testing.TB, url string) *witness {
+	t.Helper()
+	c := newClient(t, url)
+	s := c.stream("", "")
+	s.until("ping")
+	return &witness{s, c}
+}
+
+// message returns the next message. Before it only heartbeats may come, and no retry.
+func (w *witness) message() event {
+	w.t.Helper()
+	for {
+		e := w.next(patience)
+		if e.retry != nil || e.kind != "message" && (e.kind != "ping" || e.data != "") || !utf8.ValidString(e.data) {
+			w.t.Fatalf("a witness got %.300v, want a message", e)
+		}
+		if e.kind == "message" {
+			return e
+		}
+	}
+}
+
+// heard fails unless these lines, each "user: text", are all that came, and if the room does
+// not serve any more.
+func (w *witness) heard(lines ...string) {
+	w.t.Helper()
+	const last = "the room still serves"
+	w.c.say(last)
+	for _, want := range append(slices.Clip(lines), "anonymous: "+last) {
+		if got := w.message().said(); got != want {
+			w.t.Fatalf("a witness got %.200q, want %.200q", got, want)
+		}
+	}
+	if got := w.c.get("/healthz").status; got != 200 {
+		w.t.Errorf("afterwards /healthz is %d", got)
+	}
+}
+
+// raw joins the lines of a request's header.
+func raw(lines ...string) string { return strings.Join(lines, "\r\n") + "\r\n\r\n" }
+
+func rawGet(target string) string { return raw("GET "+target+" HTTP/1.1", "Host: chat") }
+
+// rawPost is a message with headers of its own, which must say how long it is.
+func rawPost(body string, headers ...string) string {
+	return raw(append([]string{"POST /post HTTP/1.1", "Host: chat", "Content-Type: application/x-www-form-urlencoded"}, headers...)...) + body
+}
+
+// TestBadRequests sends what no HTTP client would. Many of the answers are net/http's own.
+func TestBadRequests(t *testing.T) {
+	t.Parallel()
+	room := startRoom(t)
+	w := newWitness(t, room.url)
+	pad := strings.Repeat("x", 15<<10)
+	for _, test := range []struct {
+		name, request string
+		status        int
+		location      string
+	}{
+		{"a method in small letters", raw("get /healthz HTTP/1.1", "Host: chat"), 405, ""},
+		{"an unknown method", raw("BREW / HTTP/1.1", "Host: chat"), 405, ""},
+		{"a method with a bad character", raw("G@T / HTTP/1.1", "Host: chat"), 400, ""},
+		{"no method", raw(" / HTTP/1.1", "Host: chat"), 400, ""},
+		{"an empty request", raw(""), 400, ""},
+		{"a method of 30 KB", raw(pad+pad+" / HTTP/1.1", "Host: chat"), 431, ""},
+		{"TRACE", raw("TRACE / HTTP/1.1", "Host: chat"), 405, ""},
+		{"CONNECT to a known path", raw("CONNECT /post HTTP/1.1", "Host: chat"), 405, ""},
+		{"OPTIONS for the whole server", raw("OPTIONS * HTTP/1.1", "Host: chat"), 200, ""},
+		{"GET for the whole server", rawGet("*"), 400, ""},
+		{"no version", raw("GET /"), 400, ""},
+		{"version 1.0 without Host", raw("GET /healthz HTTP/1.0"), 200, ""},
+		{"version 9.9", raw("GET / HTTP/9.9", "Host: chat"), 505, ""},
+		{"a word as version", raw("GET / HTTP/one", "Host: chat"), 400, ""},
+		{"a TLS hello", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n", 400, ""},
+
+		{"an escaped letter in a path", rawGet("/lo%67in"), 200, ""},
+		{"an escaped slash in a path", rawGet("/login%2f"), 404, ""},
+		{"an escape that is broken", rawGet("/%zz"), 400, ""},
+		{"an escape that is cut", rawGet("/%4"), 400, ""},
+		{"an escaped NUL", rawGet("/%00"), 404, ""},
+		{"an escaped NUL behind a known path", rawGet("/login%00"), 404, ""},
+		{"an escaped NUL among the assets", rawGet("/assets/%00"), 404, ""},
+		{"a NUL", rawGet("/\x00"), 400, ""},
+		{"a control character", rawGet("/\x01"), 400, ""},
+		{"a space", rawGet("/log in"), 400, ""},
+		{"letters beyond ASCII", rawGet("/登录"), 404, ""},
+		{"not UTF-8", rawGet("/\xff%ff"), 404, ""},
+		{"no slash at the front", rawGet("login"), 400, ""},
+		{"dots", rawGet("/assets/../main.go"), 307, "/main.go"},
+		{"dots beyond the root", rawGet("/../../../etc/passwd"), 307, "/etc/passwd"},
+		{"escaped dots", rawGet("/assets/%2e%2e/main.go"), 404, ""},
+		{"dots and a backslash", rawGet(`/assets/..\main.go`), 404, ""},
+		{"dots and an escaped slash", rawGet("/assets/..%2fmain.go"), 404, ""},
+		{"a double slash", rawGet("//login"), 307, "/login"},
+		{"a double slash is not another host", rawGet("//evil.example/.."), 307, "/"},
+		{"nor is one before dots", rawGet("//evil.example/../x"), 307, "/x"},
+		{"a double slash among the assets", rawGet("/assets//x"), 307, "/assets/x"},
+		{"a parameter on a path", rawGet("/login;x=1"), 404, ""},
+		{"a query with broken escapes", rawGet("/login?user=%zz"), 200, ""},
+		{"an address of another host", rawGet("http://other.example/login"), 200, ""},
+		{"a path of 15 KB", rawGet("/" + pad), 404, ""},
+		{"a path of 30 KB", rawGet("/" + pad + pad), 431, ""},
+
+		{"no Host", raw("GET /healthz HTTP/1.1"), 400, ""},
+		{"an empty Host", raw("GET /healthz HTTP/1.1", "Host:"), 200, ""},
+		{"two Hosts", raw("GET /healthz HTTP/1.1", "Host: a", "Host: b"), 400, ""},
+		{"a Host with a space", raw("GET /healthz HTTP/1.1", "Host: a b"), 400, ""},
+		{"lines that end in LF", "GET /healthz HTTP/1.1\nHost: chat\n\n", 200, ""},
+		{"a header without a colon", raw("GET / HTTP/1.1", "Host: chat", "nonsense"), 400, ""},
+		{"a header whose name has a space", raw("GET / HTTP/1.1", "Host: chat", "A B: x"), 400, ""},
+		{"a header with a space before the colon", raw("GET / HTTP/1.1", "Host: chat", "Cookie : x"), 400, ""},
+		{"a header without a name", raw("GET / HTTP/1.1", "Host: chat", ": x"), 400, ""},
+		{"a header with NUL", raw("GET / HTTP/1.1", "Host: chat", "X: \x00"), 400, ""},
+		{"a header that is not ASCII", raw("GET /healthz HTTP/1.1", "Host: chat", "X: 你好\xff"), 200, ""},
+		{"a first header that continues nothing", raw("GET / HTTP/1.1", " x: y", "Host: chat"), 400, ""},
+		{"a header of 15 KB", raw("GET /healthz HTTP/1.1", "Host: chat", "X: "+pad), 200, ""},
+		{"a header of 30 KB", raw("GET /healthz HTTP/1.1", "Host: chat", "X: "+pad+pad), 431, ""},
+		{"a thousand headers", raw("GET /healthz HTTP/1.1", "Host: chat"+strings.Repeat("\r\nX: 0123456789012345678901234567890", 1000)), 431, ""},
+		{"an expectation nobody knows", raw("GET /healthz HTTP/1.1", "Host: chat", "Expect: nonsense"), 417, ""},
+		{"an upgrade to a WebSocket", raw("GET /stream?wait=0 HTTP/1.1", "Host: chat", "Connection: Upgrade", "Upgrade: websocket"), 200, ""},
+		{"a range of a stream", raw("GET /stream?wait=0 HTTP/1.1", "Host: chat", "Range: bytes=0-0"), 200, ""},
+		{"a stream asked for with a body", raw("GET /stream?wait=0 HTTP/1.1", "Host: chat", "Content-Length: 3") + "abc", 200, ""},
+
+		{"a length below zero", rawPost("message=x", "Content-Length: -9"), 400, ""},
+		{"a length with a sign", rawPost("message=x", "Content-Length: +9"), 400, ""},
+		{"a length in words", rawPost("message=x", "Content-Length: nine"), 400, ""},
+		{"a length beyond 64 bits", rawPost("message=x", "Content-Length: 99999999999999999999"), 400, ""},
+		{"two lengths", rawPost("message=x", "Content-Length: 9", "Content-Length: 8"), 400, ""},
+		{"no length", rawPost("message=x"), 422, ""},
+		{"an encoding nobody knows", rawPost("message=x", "Transfer-Encoding: gzip"), 501, ""},
+		{"chunks in chunks", rawPost("message=x", "Transfer-Encoding: chunked, chunked"), 501, ""},
+		{"a chunk without a size", rawPost("message=x\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), 400, ""},
+		{"a chunk below zero", rawPost("-9\r\nmessage=x\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), 400, ""},
+		{"a chunk of 2^64 bytes", rawPost("10000000000000000\r\nmessage=x\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), 400, ""},
+		{"a chunk longer than it says", rawPost("5\r\nmessage=x\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), 400, ""},
+		{"chunks of more than 64 KiB", rawPost("11170\r\nmessage="+strings.Repeat("x", 70000-8)+"\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), 413, ""},
+		{"no content type", raw("POST /post HTTP/1.1", "Host: chat", "Content-Length: 9") + "message=x", 415, ""},
+	} {
+		got := rawRequest(t, room.url, test.request)
+		if got.status != test.status || got.header.Get("Location") != test.location {
+			t.Errorf("%s: %.60q: got %d, Location %q, want %d, %q", test.name, test.request,
+				got.status, got.header.Get("Location"), test.status, test.location)
+		}
+	}
+	w.heard()
+}
+
+// TestUnfinishedRequests: a request that stops halfway is no message and holds up nobody.
+func TestUnfinishedRequests(t *testing.T) {
+	t.Parallel()
+	room := startRoom(t)
+	w := newWitness(t, room.url)
+	silent := map[string]net.Conn{}
+	for name, request := range map[string]string{
+		"half a request line":   "POST /po",
+		"half a header":         "POST /post HTTP/1.1\r\nHost: chat\r\nContent-Le",
+		"a header without body": rawPost("", "Content-Length: 9"),
+		"half a body":           rawPost("message=half", "Content-Length: 13"),
+		"half a chunk":          rawPost("13\r\nmessage=half", "Transfer-Encoding: chunked"),
+		"a body of 1 TB":        rawPost("message=", "Content-Length: 1099511627776"),
+		"no last chunk":         rawPost("c\r\nmessage=half\r\n", "Transfer-Encoding: chunked"),
+	} {
+		for _, end := range []string{"silence", "an end", "a reset"} {
+			conn, err := net.DialTimeout("tcp", strings.TrimPrefix(room.url, "http://"), patience)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(2 * patience))
+			io.WriteString(conn, request)
+			switch end {
+			case "silence":
+				silent[name] = conn
+			case "an end":
+				conn.(*net.TCPConn).CloseWrite()
+				if got, _ := io.ReadAll(conn); strings.Contains(string(got), " 204 ") {
+					t.Errorf("%s and then an end: got %q", name, got)
+				}
+			case "a reset":
+				conn.(*net.TCPConn).SetLinger(0)
+				conn.Close()
+			}
+		}
+	}
+	w.heard()
+	if testing.Short() {
+		return
+	}
+	for name, conn := range silent {
+		if got, err := io.ReadAll(conn); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s and then silence: after %v the connection is open, got %q", name, 2*patience, got)
+		}
+	}
+}
+
+// TestBadMessages posts forms and looks at what of them is in the room.
+func TestBadMessages(t *testing.T) {
+	t.Parallel()
+	w := newWitness(t, startRoom(t).url)
+	c := newClient(t, w.c.url).login("小明")
+	const formType = "Content-Type: application/x-www-form-urlencoded"
+	text := func(s string) string { return form("message", s) }
+	var heard []string
+	for _, test := range []struct {
+		name, body, header string
+		status             int
+		heard              string // the text, if status is 204
+	}{
+		{"the type in capitals", "message=a", strings.ToUpper(formType), 204, "a"},
+		{"the type with a charset", "message=a", formType + "; charset=UTF-8", 204, "a"},
+		{"an empty type", "message=a", "Content-Type:", 415, ""},
+		{"JSON", `{"message":"a"}`, "Content-Type: application/json", 415, ""},
+		{"plain text, which other sites may send", "message=a", "Content-Type: text/plain", 415, ""},
+		{"multipart", "--x\r\nContent-Disposition: form-data; name=message\r\n\r\na\r\n--x--", "Content-Type: multipart/form-data; boundary=x", 415, ""},
+		{"a type that only begins like ours", "message=a", formType + "x", 415, ""},
+		{"a type that is not one", "message=a", "Content-Type: ///", 415, ""},
+
+		{"an escape without digits", "message=%", "", 400, ""},
+		{"an escape that is cut", "message=%4", "", 400, ""},
+		{"an escape that is not hexadecimal", "message=%zz", "", 400, ""},
+		{"an escape of another kind", "message=%u4f60", "", 400, ""},
+		{"a broken escape in another field", "message=a&x=%zz", "", 400, ""},
+		{"a broken escape in a name", "message=a&%zz=x", "", 400, ""},
+
+		{"a byte that is not UTF-8", "message=a%ff", "", 422, ""},
+		{"the same, not escaped", "message=a\xff", "", 422, ""},
+		{"a character that is cut", "message=%e4%bd", "", 422, ""},
+		{"NUL in two bytes", "message=a%c0%80", "", 422, ""},
+		{"a surrogate", "message=a%ed%a0%80", "", 422, ""},
+		{"beyond the last code point", "message=a%f4%90%80%80", "", 422, ""},
+
+		{"nothing", "", "", 422, ""},
+		{"no message", "text=a", "", 422, ""},
+		{"a name without a value", "message", "", 422, ""},
+		{"an empty message", "message=", "", 422, ""},
+		{"the name in capitals", "MESSAGE=a", "", 422, ""},
+
+		{"an escaped NUL", text("a\x00b"), "", 204, "ab"},
+		{"control characters", text("a\x01\x08\x1b[31m\x7f\u0080\u009fb"), "", 204, "a[31mb"},
+		{"a tab", text("a\tb"), "", 204, "a\tb"},
+		{"vertical tab, form feed, next line", text("a\v\f\u0085b"), "", 204, "ab"},
+		{"bidi embeddings and overrides", text("a\u202a\u202b\u202c\u202d\u202eb"), "", 204, "ab"},
+		{"bidi isolates", text("a\u2066\u2067\u2068\u2069b"), "", 204, "ab"},
+		{"bidi marks", text("a\u200e\u200f\u061cb"), "", 204, "ab"},
+		{"right to left", text("שלום"), "", 204, "שלום"},
+		{"an emoji of several", text("👩\u200d👧 ❤\ufe0f 🇨🇳"), "", 204, "👩\u200d👧 ❤\ufe0f 🇨🇳"},
+		{"3000 marks on one letter", text("a" + strings.Repeat("\u0301", 3000)), "", 204, "a" + strings.Repeat("\u0301", 3000)},
+		{"4000 marks are 4001 with the letter", text("a" + strings.Repeat("\u0301", 4000)), "", 413, ""},
+		{"markup", text(`<script>alert(1)</script><img src=x onerror=alert(1)>&amp;"'`), "", 204, `<script>alert(1)</script><img src=x onerror=alert(1)>&amp;"'`},
+
+		{"LF", text("a\nb"), "", 204, "a\nb"},
+		{"CR LF", text("a\r\nb"), "", 204, "a\nb"},
+		{"CR", text("a\rb"), "", 204, "a\nb"},
+		{"LF CR", text("a\n\rb"), "", 204, "a\n\nb"},
+		{"every field behind LF", text("a\nid: 0\nevent: gap\nretry: 1\ndata: b"), "", 204, "a\nid: 0\nevent: gap\nretry: 1\ndata: b"},
+		{"every field behind CR", text("a\rid: 0\revent: gap\rretry: 1\rdata: b"), "", 204, "a\nid: 0\nevent: gap\nretry: 1\ndata: b"},
+		{"an event behind two LF", text("a\n\nevent: gap\ndata:\n\ndata: b"), "", 204, "a\n\nevent: gap\ndata:\n\ndata: b"},
+		{"an event behind two CR LF", text("a\r\n\r\nid: 0\r\nevent: ping\r\ndata:\r\n\r\ndata: b"), "", 204, "a\n\nid: 0\nevent: ping\ndata:\n\ndata: b"},
+		{"a field behind NUL and LF", text("a\x00\n\x00id: 0\ndata: b"), "", 204, "a\nid: 0\ndata: b"},
+		{"a line of somebody else", text("a\n[12:34:56] 小红: b"), "", 204, "a\n[12:34:56] 小红: b"},
+		{"a comment and a colon", text("a\n: b\n:"), "", 204, "a\n: b\n:"},
+		{"a byte order mark on the second line", text("a\n\ufeffid: 0"), "", 204, "a\n\ufeffid: 0"},
+	} {
+		var headers []string
+		if test.header != "" {
+			headers = []string{test.header}
+		}
+		got := c.do("POST", "/post", test.body, headers...)
+		if got.status != test.status {
+			t.Errorf("%s: %.60q: got %d, want %d", test.name, test.body, got.status, test.status)
+		}
+		if got.status == 204 {
+			heard = append(heard, "小明: "+test.heard)
+		}
+	}
+	w.heard(heard...)
+}
+
+// TestBlankMessages: nothing that shows nothing is a message.
+func TestBlankMessages(t *testing.T) {
+	t.Parallel()
+	w := newWitness(t, startRoom(t).url)
+	blanks := []string{" ", "\t", "\n", "\r\n \r", "\x00", "\x7f", "\u0085", "\u00a0", "\u00ad", "\u034f", "\u061c",
+		"\u115f", "\u1160", "\u1680", "\u180e", "\u2000", "\u2001", "\u2002", "\u2003", "\u2004", "\u2005", "\u2006",
+		"\u2007", "\u2008", "\u2009", "\u200a", "\u200b", "\u200c", "\u200d", "\u200e", "\u200f", "\u2028", "\u2029",
+		"\u202a", "\u202e", "\u202f", "\u205f", "\u2060", "\u2064", "\u2066", "\u206f", "\u2800", "\u3000", "\u3164",
+		"\ufe00", "\ufe0f", "\ufeff", "\uffa0", "\U000e0001", "\U000e0020", "\U000e007f", "\U000e0100"}
+	blanks = append(blanks, strings.Join(blanks, ""))
+	for _, text := range blanks {
+		if got := w.c.post(text); got != 422 {
+			t.Errorf("a message of %+q: got %d, want 422", text, got)
+		}
+	}
+	w.heard()
+}
+
+func TestBadKeys(t *testing.T) {
+	t.Parallel()
+	w := newWitness(t, startRoom(t).url)
+	c := newClient(t, w.c.url).login("小明")
+	var heard []string
+	for _, test := range []struct {
+		name, key string
+		status    int
+		isNew     bool
+	}{
+		{"empty", "", 400, false},
+		{"15 characters", strings.Repeat("k", 15), 400, false},
+		{"16 characters", strings.Repeat("k", 16), 204, true},
+		{"64 characters", strings.Repeat("k", 64), 204, true},
+		{"65 characters", strings.Repeat("k", 65), 400, false},
+		{"5 KB", strings.Repeat("k", 5<<10), 400, false},
+		{"every character that may be", "ABCXYZabcxyz0189_-", 204, true},
+		{"in small letters it is another", "abcxyzabcxyz0189_-", 204, true},
+		{"a space", "kkkkkkkk kkkkkkkk", 400, false},
+		{"a tab", "kkkkkkkk\tkkkkkkkk", 400, false},
+		{"a dot, as in the id of a foreign line", keyA + ".abcdefgh", 400, false},
+		{"quotes", `"8e03978e-40d5-43dd-bc93-6894a57f9324"`, 400, false},
+		{"a comma", keyA + "," + keyB, 400, false},
+		{"a slash", "kkkkkkkk/kkkkkkkk", 400, false},
+		{"letters beyond ASCII", "ключключключключ", 400, false},
+		{"digits of another script", "٠١٢٣٤٥٦٧٠١٢٣٤٥٦٧", 400, false},
+		{"not UTF-8", keyA + "\xff", 400, false},
+		{"again, with another text", strings.Repeat("k", 16), 204, false},
+	} {
+		got := c.postKey(test.key, test.name)
+		if got != test.status {
+			t.Errorf("a key: %s: got %d, want %d", test.name, got, test.status)
+		}
+		if test.isNew {
+			heard = append(heard, "小明: "+test.name)
+		}
+	}
+	if got := w.c.postKey(strings.Repeat("k", 16), "used by another"); got != 204 {
+		t.Errorf("a key of somebody else: got %d, want 204", got)
+	}
+	w.heard(heard...)
+}
+
+// TestNames logs in under each name and, if it is let in, speaks.
+func TestNames(t *testing.T) {
+	t.Parallel()
+	w := newWitness(t, startRoom(t).url)
+	var heard []string
+	for _, test := range []struct {
+		name, user string
+		shown      string // "" if it is refused
+	}{
+		{"Chinese", "小明", "小明"},
+		{"Russian", "Анна", "Анна"},
+		{"Arabic", "عمر", "عمر"},
+		{"marks", "ก\u0e31\u0e49น", "ก\u0e31\u0e49น"},
+		{"mixed marks", "a\u0301\u0323\u05b0", "a\u0301\u0323\u05b0"},
+		{"an apostrophe", "O'Neil", "O'Neil"},
+		{"markup is just text", "<b>&amp;", "<b>&amp;"},
+		{"a script", `"><script>`, `"><script>`},
+		{"one digit", "7", "7"},
+		{"one symbol", "+", "+"},
+		{"an emoji", "😀", "😀"},
+		{"a flag", "🇨🇳", "🇨🇳"},
+		{"an emoji of several falls apart", "👩\u200d🚀", "👩🚀"},
+		{"the emoji style is dropped", "❤\ufe0f", "❤"},
+		{"white space around it", " \u3000x\u00a0", "x"},
+		{"white space in it", "a \u3000\u00a0 b", "a b"},
+		{"24 code points", strings.Repeat("字", 24), strings.Repeat("字", 24)},
+		{"24 after cleaning", " " + strings.Repeat("😀\ufe0f", 24), strings.Repeat("😀", 24)},
+		{"25 code points", strings.Repeat("字", 25), ""},
+		{"a letter with 24 marks", "a" + strings.Repeat("\u0301", 24), ""},
+		{"a long one", strings.Repeat("字", 5000), ""},
+		{"nothing", "", ""},
+		{"a space", " ", ""},
+		{"a wide space", "\u3000", ""},
+		{"punctuation only", "...!?-", ""},
+		{"a mark only", "\u0301", ""},
+		{"a joiner only", "\u200d", ""},
+		{"a colon", "a:b", ""},
+		{"an opening bracket", "a[b", ""},
+		{"a closing bracket", "a]b", ""},
+		{"a line of somebody else", "x: hello [12:34:56] y", ""},
+		{"a header", "x\r\nSet-Cookie: evil=1", ""},
+		{"NUL", "a\x00b", ""},
+		{"escape", "a\x1bb", ""},
+		{"delete", "a\x7fb", ""},
+		{"a control character of the second set", "a\u009bb", ""},
+		{"soft hyphen", "a\u00adb", ""},
+		{"combining grapheme joiner", "a\u034fb", ""},
+		{"Arabic letter mark", "a\u061cb", ""},
+		{"Arabic number sign, a format character", "a\u0600b", ""},
+		{"Hangul fillers", "\u115f\u1160", ""},
+		{"Hangul filler among letters", "a\u3164b", ""},
+		{"Hangul filler, half width", "a\uffa0b", ""},
+		{"Khmer inherent vowel", "a\u17b4b", ""},
+		{"Mongolian variation selector", "a\u180bb", ""},
+		{"Mongolian vowel separator", "a\u180eb", ""},
+		{"zero width space", "a\u200bb", ""},
+		{"zero width non-joiner", "a\u200cb", ""},
+		{"left-to-right mark", "a\u200eb", ""},
+		{"right-to-left override", "a\u202eb", ""},
+		{"isolate", "a\u2066b", ""},
+		{"word joiner", "a\u2060b", ""},
+		{"invisible plus", "a\u2064b", ""},
+		{"a braille blank", "a\u2800b", ""},
+		{"variation selector 1", "a\ufe00b", ""},
+		{"variation selector 256", "a\U000e01efb", ""},
+		{"byte order mark", "\ufeffa", ""},
+		{"interlinear annotation", "a\ufff9b", ""},
+		{"musical format", "a\U0001d173b", ""},
+		{"tags", "a\U000e0041\U000e007f", ""},
+		{"a flag of tags", "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", ""},
+		{"private use", "a\ue000b", ""},
+		{"not assigned", "a\u0378b", ""},
+		{"no character", "a\uffffb", ""},
+		{"not UTF-8", "a\xffb", ""},
+		{"a surrogate", "a\xed\xa0\x80b", ""},
+	} {
+		c := newClient(t, w.c.url)
+		got := c.do("POST", "/login", form("user", test.user))
+		if want := map[bool]int{false: 303, true: 422}[test.shown == ""]; got.status != want {
+			t.Errorf("a name: %s: %+.40q: got %d, want %d", test.name, test.user, got.status, want)
+			continue
+		}
+		if cookie := got.header.Get("Set-Cookie"); strings.ContainsFunc(cookie, func(r rune) bool { return r > '~' }) || (cookie == "") != (test.shown == "") {
+			t.Errorf("a name: %s: got %d with the cookie %q", test.name, got.status, cookie)
+		}
+		if test.shown != "" {
+			c.say(test.name)
+			heard = append(heard, test.shown+": "+test.name)
+		}
+	}
+	w.heard(heard...)
+}
+
+// TestNamesOnPages: on a page a name is text, whatever it holds.
+func TestNamesOnPages(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url).login(`"><script>x</script>`)
+	for _, page := range []string{c.get("/").body, c.do("POST", "/login", form("user", `"><script>x</script>:`)).body} {
+		if strings.Contains(page, "<script>x") || !strings.Contains(page, "&lt;script&gt;x") {
+			t.Errorf("a name of markup is not escaped in %s", page)
+		}
+	}
+}
+
+// TestBadCookies changes a session in every way it can think of. Each is 401: neither a
+// session nor, silently, somebody anonymous.
+func TestBadCookies(t *testing.T) {
+	t.Parallel()
+	w := newWitness(t, startRoom(t, "CHAT_KEY=one key").url)
+	c := newClient(t, w.c.url).login("小明")
+	good := c.session()
+	bad := func(value string) string { return good.Name + "=" + value }
+	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_+/=.%"
+	var values []string
+	for i, was := range good.Value {
+		cut, rest := good.Value[:i], good.Value[i+1:]
+		values = append(values, cut, cut+rest) // cut here, and with one character missing
+		others := "A1-." + string(was^1) + string(was^0x20)
+		if rest == "" || strings.ContainsAny(rest[:1], ".|:~") {
+			others = alphabet // the last character of a part may have bits that decode to nothing
+		}
+		for _, other := range others {
+			if other != was && strings.ContainsRune(alphabet, other) {
+				values = append(values, cut+string(other)+rest)
+			}
+		}
+	}
+	other := newClient(t, startRoom(t, "CHAT_KEY=another key").url).login("小明")
+	closed := newClient(t, startRoom(t, "CHAT_KEY=one key", "CHAT_PASSWORD=x").url)
+	closed.do("POST", "/login", form("user", "小明", "password", "x"))
+	values = append(values, "x", "....", "%00", good.Value+".", good.Value+"A", good.Value+"=", good.Value+good.Value,
+		strings.ToUpper(good.Value), strings.ToLower(good.Value), strings.Repeat("A", 10<<10),
+		other.session().Value, closed.session().Value)
+	slices.Sort(values)
+	stranger := newClient(t, w.c.url)
+	for _, value := range slices.Compact(values) {
+		if got := stranger.post("forged", "Cookie: "+bad(value)); got != 401 {
+			t.Errorf("the cookie %.300q instead of %q: got %d, want 401", value, good.Value, got)
+		}
+		if got := stranger.get("/", "Cookie: "+bad(value)).status; got != 303 {
+			t.Errorf("the page with the cookie %.300q: got %d, want 303", value, got)
+		}
+	}
+	var heard []string
+	for _, test := range []struct {
+		name, cookie string
+		status       int
+		as           string
+	}{
+		{"the good one", good.String(), 204, "小明"},
+		{"two, the bad one first", bad("x") + "; " + good.String(), 204, "小明"},
+		{"two, the good one first", good.String() + "; " + bad("x"), 204, "小明"},
+		{"a thousand bad ones and a good one", strings.Repeat(bad("x")+"; ", 1000) + good.String(), 204, "小明"},
+		{"a thousand bad ones", strings.Repeat(bad("x")+"; ", 1000), 401, ""},
+		{"5000 of them are too much of a header", strings.Repeat(bad("xxxxxxxx")+"; ", 5000), 431, ""},
+		{"a name in other letters is not ours", strings.ToUpper(good.String()[:1]) + good.String()[1:], 204, "anonymous"},
+		{"a name that only begins like ours is not ours", good.Name + "x=" + good.Value, 204, "anonymous"},
+		{"a cookie that is nonsense is not ours", `;;; =; "; \`, 204, "anonymous"},
+	} {
+		if got := stranger.post(test.name, "Cookie: "+test.cookie); got != test.status {
+			t.Errorf("cookies: %s: got %d, want %d", test.name, got, test.status)
+		}
+		if test.as != "" {
+			heard = append(heard, test.as+": "+test.name)
+		}
+	}
+	w.heard(heard...)
+}
+
+// TestCrossSite tries every combination of what a browser says about where a form came from.
+func TestCrossSite(t *testing.T) {
+	t.Parallel()
+	w := newWitness(t, startRoom(t).url)
+	c := newClient(t, w.c.url)
+	host := strings.TrimPrefix(w.c.url, "http://")
+	sites := map[string]string{"": "by origin", "same-origin": "ours", "none": "ours",
+		"same-site": "theirs", "cross-site": "theirs", "nonsense": "theirs"}
+	origins := map[string]string{"": "ours", "http://" + host: "ours", "https://" + host: "ours", "null": "theirs",
+		"http://evil.example": "theirs", "http://127.0.0.1": "theirs", "http://" + host + ".evil.example": "theirs", "nonsense": "theirs"}
+	var heard []string
+	for site, bySite := range sites {
+		for origin, byOrigin := range origins {
+			var headers []string
+			if site != "" {
+				headers = append(headers, "Sec-Fetch-Site: "+site)
+			}
+			if origin != "" {
+				headers = append(headers, "Origin: "+origin)
+			}
+			ours := bySite == "ours" || bySite == "by origin" && byOrigin == "ours"
+			for _, request := range []struct {
+				path, body string
+				status     int
+			}{{"/post", form("message", "from here"), 204}, {"/login", form("user", "x"), 303}, {"/logout", "", 303}} {
+				want := request.status
+				if !ours {
+					want = 403
+				}
+				if got := c.do("POST", request.path, request.body, headers...).status; got != want {
+					t.Errorf("POST %s with Sec-Fetch-Site %q and Origin %q: got %d, want %d", request.path, site, origin, got, want)
+				}
+			}
+			if ours {
+				heard = append(heard, "anonymous: from here")
+			}
+			if got := c.get("/stream?wait=0", headers...); got.status != 200 || got.header.Get("Access-Control-Allow-Origin") != "" {
+				t.Errorf("GET /stream with %q: got %d, Access-Control-Allow-Origin %q, want 200 and none", headers, got.status, got.header.Get("Access-Control-Allow-Origin"))
+			}
+		}
+	}
+	w.heard(heard...)
+}
+
+func TestBadCursors(t *testing.T) {
+	t.Parallel()
+	w := newWitness(t, startRoom(t).url)
+	w.c.postKey(keyA, "one")
+	w.c.postKey(keyB, "two")
+	escape := url.QueryEscape
+	for _, test := range []struct {
+		name, query, header string
+		kinds               string
+	}{
+		{"known", "", keyA, "message ping end"},
+		{"an empty header", "", " ", "message message ping end"},
+		{"an empty after=", "after=", "", "message message ping end"},
+		{"unknown", "", unknownKey, "gap message message ping end"},
+		{"5 KB", "", strings.Repeat("x", 5<<10), "gap message message ping end"},
+		{"after= 10 KB", "after=" + strings.Repeat("x", 10<<10), "", "gap message message ping end"},
+		{"letters beyond ASCII", "", "你好", "gap message message ping end"},
+		{"not UTF-8", "", "\xff\xfe", "gap message message ping end"},
+		{"a number", "", "42", "gap message message ping end"},
+		{"below zero", "", "-1", "gap message message ping end"},
+		{"zero twice", "", "00", "gap message message ping end"},
+		{"a known id in capitals", "", strings.ToUpper(keyA), "gap message message ping end"},
+		{"a known id and more", "", keyA + "x", "gap message message ping end"},
+		{"a known id and a dot", "", keyA + ".", "gap message message ping end"},
+		{"a known id, a dot and not eight letters", "", keyA + ".1234567!", "gap message message ping end"},
+		{"only a dot", "", ".", "gap message message ping end"},
+		{"a NUL", "after=%00", "", "gap message message ping end"},
+		{"a field behind LF", "after=" + escape(keyA+"\nevent: evil\ndata: x\n\n"), "", "gap message message ping end"},
+		{"a field behind CR", "after=" + escape("\revent: evil\rdata: x\r\r"), "", "gap message message ping end"},
+	} {
+		s := w.c.stream("wait=0&"+test.query, test.header)
+		got := s.until("end")
+		if want := strings.Fields(test.kinds); s.status != 200 || !slices.Equal(kinds(got), want) {
+			t.Errorf("a cursor: %s: got %d, %q, want 200, %q", test.name, s.status, kinds(got), want)
+		}
+	}
+	if got := w.c.get("/stream?wait=0", "Last-Event-ID: "+keyA, "Last-Event-ID: "+keyB); got.status != 200 || !strings.Contains(got.body, "event: ping") {
+		t.Errorf("two headers: got %d, %q, want a whole answer", got.status, got.body)
+	}
+	w.heard("anonymous: one", "anonymous: two")
+}
+
+// TestFlood: one sender posts 200 messages at once; another is heard at once.
+func TestFlood(t *testing.T) {
+	t.Parallel()
+	url := startRoom(t, "-rate", "5").url
+	flooder, calm := newClient(t, url).login("小明"), newClient(t, url).login("小红")
+	s := calm.stream("", "")
+	var flood sync.WaitGroup
+	for range 200 {
+		flood.Go(func() {
+			if got := flooder.post("x"); got != 204 && got != 429 {
+				t.Errorf("one of 200 at once: got %d, want 204 or 429", got)
+			}
+		})
+	}
+	for i := range 5 {
+		text := fmt.Sprint("calm ", i)
+		calm.say(text)
+		for s.message().said() != "小红: "+text {
+		}
+	}
+	flood.Wait()
+}
+
+// TestBadRedis publishes on the room's channels what the room itself never would.
+func TestBadRedis(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	w := newWitness(t, r.room().url)
+	foreign := regexp.MustCompile(`^[A-Za-z0-9_-]+\.[A-Za-z]{8}$`)
+	for _, test := range []struct {
+		name string
+		ids  []string // published on chat:id first
+		line string
+		want string // line breaks do not count; "" if nothing is to be shown
+		id   string // "" for that of a foreign line
+	}{
+		{"a word", nil, "hi", "hi", ""},
+		{"not UTF-8", nil, "a\xffb", "a\ufffdb", ""},
+		{"a surrogate", nil, "a\xed\xa0\x80b", "a\ufffd\ufffd\ufffdb", ""},
+		{"NUL", nil, "a\x00b", "ab", ""},
+		{"control characters", nil, "a\x01\x1b\x7f\u009bb", "ab", ""},
+		{"bidi", nil, "a\u202eb\u2066c\u200fd", "abcd", ""},
+		{"CR and LF", nil, "a\rb\nc\r\nd", "abcd", ""},
+		{"fields behind LF", nil, "a\nid: 0\nevent: gap\nretry: 1", "aid: 0event: gapretry: 1", ""},
+		{"fields behind CR", nil, "a\r\revent: gap\rdata:\r\r", "aevent: gapdata:", ""},
+		{"fields behind U+2028", nil, "a\u2028\u2028event: ping\u2028data:", "aevent: pingdata:", ""},
+		{"an event at the front", nil, "event: gap\ndata:\n\ndata: a", "event: gapdata:data: a", ""},
+		{"markup", nil, "<script>alert(1)</script>", "<script>alert(1)</script>", ""},
+		{"a line that looks like an id", nil, keyA, keyA, ""},
+		{"a line that looks like an entry of the list", nil, keyA + " [12:34:56] x: y", keyA + " [12:34:56] x: y", ""},
+		{"4100 characters", nil, strings.Repeat("字", 4100), strings.Repeat("字", 4100), ""},
+		{"nothing", nil, "", "", ""},
+		{"spaces", nil, " \t\u3000", "", ""},
+		{"line breaks", nil, "\r\n\u2028", "", ""},
+		{"only what is dropped", nil, "\x00\u202e", "", ""},
+		{"an id and its line", []string{"redis-test-key-01"}, "a", "a", "redis-test-key-01"},
+		{"a known id", []string{"redis-test-key-01"}, "another", "", ""},
+		{"two ids, the last counts", []string{"redis-test-key-02", "redis-test-key-03"}, "a", "a", "redis-test-key-03"},
+		{"the first of them is free", []string{"redis-test-key-02"}, "a", "a", "redis-test-key-02"},
+		{"an id that is too short", []string{"short"}, "a", "a", ""},
+		{"an id with a line break", []string{"redis-test-key-04\nevent: gap"}, "a", "a", ""},
+		{"an id with a line break at its end", []string{"redis-test-key-04\n"}, "a", "a", ""},
+		{"an id with NUL", []string{"redis-test-key-04\x00"}, "a", "a", ""},
+		{"an id of 1 MB", []string{strings.Repeat("x", 1<<20)}, "a", "a", ""},
+		{"an empty id", []string{""}, "a", "a", ""},
+		{"the id of a foreign line", []string{"redis-test-key-04.abcdefgh"}, "a", "a", ""},
+		{"the beginning as an id", []string{"0"}, "a", "a", ""},
+		{"a bad id behind a good one is ignored", []string{"redis-test-key-05", "bad!"}, "a", "a", "redis-test-key-05"},
+	} {
+		for _, id := range test.ids {
+			r.do("PUBLISH", "chat:id", id)
+		}
+		if test.id != "" {
+			r.do("RPUSH", "chat:history", test.id+" "+test.line) // or the room would think that Redis forgot it
+		}
+		r.do("PUBLISH", "chat", test.line)
+		if test.want == "" {
+			continue // the next row would see it
+		}
+		e := w.message()
+		if got := strings.ReplaceAll(e.data, "\n", ""); got != test.want {
+			t.Fatalf("from Redis: %s: got %.200q, want %.60q", test.name, got, test.want)
+		}
+		if test.id == "" && !foreign.MatchString(e.id) || test.id != "" && e.id != test.id {
+			t.Errorf("from Redis: %s: got the id %q, want %q", test.name, e.id, cmpID(test.id))
+		}
+	}
+	for name, line := range map[string]string{
+		"4101 characters":           strings.Repeat("字", 4101),
+		"10 MB":                     strings.Repeat("x", 10<<20),
+		"10 MB of combining marks":  "a" + strings.Repeat("\u0301", 5<<20),
+		"10 MB that are not UTF-8":  strings.Repeat("\xff", 10<<20),
+		"10 MB of CR":               "x" + strings.Repeat("\r", 10<<20) + "y",
+		"10 MB of what is dropped ": "x" + strings.Repeat("\x00", 10<<20) + strings.Repeat("y", 5000),
+	} {
+		r.do("PUBLISH", "chat", line)
+		e := w.message()
+		if n := utf8.RuneCountInString(e.data); n > 4101 || len(line) != 10<<20+2 && (n < 4000 || !strings.HasSuffix(e.data, "…")) {
+			t.Errorf("from Redis: %s: got %d characters, %.20q at the end, want 4100 and …", name, n, e.data[max(0, len(e.data)-20):])
+		}
+	}
+	for _, channel := range []string{"chat:probe", "chat:history", "chat:key", "chat:id"} {
+		r.do("PUBLISH", channel, "noise")
+	}
+	r.do("PUBLISH", "chat:id", "announced-and-no-line")
+	w.heard()
+}
+
+func cmpID(id string) string {
+	if id == "" {
+		return "that of a foreign line"
+	}
+	return id
+}
+
+// TestBadList joins a Redis whose list holds what no process wrote.
+func TestBadList(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	for _, line := range []string{
+		"", " ", "garbage", "short [12:34:56] x: y", keyA, keyA + " ",
+		"redis-list-key-01 [12:34:56] x: one",
+		"redis-list-key-01 [12:34:56] x: the same id again",
+		"redis-list-key-02 [12:34:56] x: two\r\n\r\nevent: gap\r\ndata:\r\n\r\n",
+		"redis-list-key-03\n [12:34:56] x: the id has a line break",
+		"redis-list-key-04 [12:34:56] x: \xff",
+		"redis-list-key-05 " + strings.Repeat("x", 10<<20),
+		"redis-list-key-06 [12:34:56] x: last",
+	} {
+		r.do("RPUSH", "chat:history", line)
+	}
+	room := r.room()
+	found := map[string]int{}
+	got := newClient(t, room.url).stream("", "").until("ping")
+	for _, e := range got[:len(got)-1] {
+		found[e.id]++
+		if e.kind != "message" || found[e.id] > 1 || !utf8.ValidString(e.data) || utf8.RuneCountInString(e.data) > 4101 {
+			t.Errorf("from the list: got %.200v", e)
+		}
+	}
+	for _, n := range []int{1, 2, 4, 5, 6} {
+		if id := fmt.Sprintf("redis-list-key-%02d", n); found[id] != 1 {
+			t.Errorf("from the list: %s is there %d times, want once", id, found[id])
+		}
+	}
+	newWitness(t, room.url).heard()
+}
+
+// What the manual in main.go, README.md, -h and the files say must agree.
+func TestDocumentsAgree(t *testing.T) {
+	source, readme := readFile(t, "main.go"), readFile(t, "README.md")
+	manual, _, _ := strings.Cut(source, "\npackage main\n")
+	var help bytes.Buffer
+	if err := run(context.Background(), []string{"-h"}, func(string) string { return "" }, &help, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	flags := regexp.MustCompile(`(?m)^\s*-(\w+)`)
+	inHelp := allMatches(flags, help.String())
+	if len(inHelp) < 6 {
+		t.Fatalf("-h lists %q", inHelp)
+	}
+	inManual := allMatches(flags, manual)
+	inReadme := allMatches(regexp.MustCompile("(?m)^\\| `-(\\w+)"), readme)
+	for _, own := range []string{"version", "h"} { // the flag package keeps quiet about -h
+		if !slices.Contains(inHelp, own) {
+			inHelp = append(inHelp, own)
+		}
+	}
+	slices.Sort(inHelp)
+	for name, got := range map[string][]string{"the manual": inManual, "README.md": inReadme} {
+		if slices.Sort(got); !slices.Equal(got, inHelp) {
+			t.Errorf("%s lists the flags %q, -h %q", name, got, inHelp)
+		}
+	}
+	for _, d := range regexp.MustCompile(`-(\w+).*\n?.*\(default "?([^")\n]+)"?\)`).FindAllStringSubmatch(help.String(), -1) {
+		if d[1] == "redis" {
+			continue // its default is a sentence
+		}
+		if row := regexp.MustCompile("\\| `-" + d[1] + ".*").FindString(readme); !strings.Contains(row, "`"+d[2]+"`") {
+			t.Errorf("README.md on -%s does not give its default %s: %q", d[1], d[2], row)
+		}
+		if !regexp.MustCompile(`(?s)-` + d[1] + ` .{0,200}default "?` + regexp.QuoteMeta(d[2])).MatchString(manual) {
+			t.Errorf("the manual on -%s does not give its default %s", d[1], d[2])
+		}
+	}
+	for _, name := range allMatches(regexp.MustCompile(`getenv\("(\w+)"\)`), source) {
+		if !strings.Contains(manual, "$"+name) || !strings.Contains(readme, name) {
+			t.Errorf("%s is missing in the manual or in README.md", name)
+		}
+	}
+	for what, text := range map[string]string{
+		"a name's limit":      fmt.Sprintf("a name has %d characters", maxName),
+		"a message's limit":   fmt.Sprintf("a message %d", maxMessage),
+		"a form's limit":      fmt.Sprintf("a form %d KiB", maxBody>>10),
+		"a header's limit":    fmt.Sprintf("header %d KiB", maxHeader>>10),
+		"a session's life":    fmt.Sprintf("%d days", int(sessionLife.Hours())/24),
+		"the size of the log": fmt.Sprintf("newest %d messages", ringSize),
+	} {
+		if !strings.Contains(strings.Join(strings.Fields(readme), " "), text) {
+			t.Errorf("README.md does not say %s: %q", what, text)
+		}
+	}
+	line := regexp.MustCompile(`go test -race .*`)
+	if inReadme, inCI := line.FindString(readme), line.FindString(readFile(t, ".ci/run")); inReadme != inCI {
+		t.Errorf("README.md tests with %q, .ci/run with %q", inReadme, inCI)
+	}
+}
+
+// The binary needs nothing but redigo, and the folder holds nothing that is not announced.
+func TestLayout(t *testing.T) {
+	if mod := readFile(t, "go.mod"); strings.Count(mod, "require") != 1 || !strings.Contains(mod, "\nrequire github.com/gomodule/redigo ") {
+		t.Errorf("go.mod requires more than redigo:\n%s", mod)
+	}
+	out, err := exec.Command("git", "ls-files").Output()
+	if err != nil {
+		t.Skip("not a git checkout")
+	}
+	var top []string
+	for name := range strings.Lines(string(out)) {
+		name, _, _ = strings.Cut(strings.TrimSpace(name), "/")
+		if !strings.HasPrefix(name, ".") && !slices.Contains(top, name) {
+			top = append(top, name)
+		}
+	}
+	slices.Sort(top)
+	if want := []string{"LICENSE", "README.md", "assets", "go.mod", "go.sum", "main.go", "main_test.go"}; !slices.Equal(top, want) {
+		t.Errorf("the top level is %q, want %q", top, want)
+	}
+}
+
+// Every page is made in every language, links only to what exists, and brings no code of its
+// own.
+func TestPagesAreWhole(t *testing.T) {
+	s, err := newServer(&config{channel: "chat"}, t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.log.close()
+	if en, zh := keys(s.texts["en"]), keys(s.texts["zh"]); !slices.Equal(en, zh) || len(en) == 0 {
+		t.Errorf("strings.json has other keys in en and zh:\n%q\n%q", en, zh)
+	}
+	links := regexp.MustCompile(`(?:src|href|action)="([^"]*)"`)
+	routes := []string{"/", "/login", "/logout", "/post", "/lesson"}
+	names, _ := filepath.Glob("assets/*.html")
+	for _, name := range names {
+		for _, lang := range []string{"en", "zh"} {
+			var b bytes.Buffer
+			v := view{Lang: lang, T: s.texts[lang], Name: "小明", Error: "name_long", Password: true, View: "projector", Join: "http://192.0.2.1:8989"}
+			if err := s.pages.ExecuteTemplate(&b, filepath.Base(name), v); err != nil {
+				t.Errorf("%s in %s: %v", name, lang, err)
+			}
+			for _, link := range allMatches(links, b.String()) {
+				path, _, _ := strings.Cut(link, "?")
+				_, asset := s.etags[strings.TrimPrefix(path, "/")]
+				if !asset && !slices.Contains(routes, path) && !strings.HasPrefix(link, "#") {
+					t.Errorf("%s in %s links to %q, which does not exist", name, lang, link)
+				}
+			}
+			if bad := regexp.MustCompile(`(?i)<script>|<style|\son\w+=|style="|javascript:|data:[a-z]`).FindString(b.String()); bad != "" {
+				t.Errorf("%s in %s has code or style inline: %q", name, lang, bad)
+			}
+		}
+	}
+}
+
+func keys(m map[string]string) (all []string) {
+	for k, v := range m {
+		if v != "" {
+			all = append(all, k)
+		}
+	}
+	slices.Sort(all)
+	return all
+}
+
+func allMatches(re *regexp.Regexp, text string) (all []string) {
+	for _, m := range re.FindAllStringSubmatch(text, -1) {
+		all = append(all, m[1])
+	}
+	return all
+}
+
+func readFile(t testing.TB, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
