@@ -121,13 +121,14 @@ const (
 	maxHeader  = 16 << 10 // bytes of a request's header
 
 	heartbeat    = 15 * time.Second // silence after which every stream gets a ping
-	writeTimeout = 30 * time.Second // one write of a page to a reader
+	writeTimeout = 30 * time.Second // for a reader to take one page
 	writeRenew   = 15 * time.Second // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 32 << 10         // bytes the kernel keeps for a reader; Linux doubles it
 	unknownGrace = 2 * time.Second  // how long an unknown id may be on its way from Redis
 	maxWait      = time.Minute      // longest ?wait=
+	maxPoll      = 64 << 10         // bytes after which a long poll ends though there is more
 	sessionLife  = 30 * 24 * time.Hour
-	stopTimeout  = 600 * time.Millisecond // what shutdown leaves to answers under way
+	stopTimeout  = 400 * time.Millisecond // what shutdown leaves to answers under way
 
 	confirmTimeout = 2 * time.Second        // from POST to the message coming back
 	redisTimeout   = 2 * time.Second        // dial, and one command
@@ -179,29 +180,35 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	fmt.Fprintf(stdout, "chat: open %s\n", strings.Join(s.urls, " or "))
 	fmt.Fprintf(stdout, "chat: %s\n", cfg.where())
 
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var redisDone sync.WaitGroup
 	if s.broker != nil {
 		redisDone.Go(func() { s.broker.run(ctx) })
 	}
 	srv := s.httpServer(ctx)
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(ln) }()
-	select {
-	case err = <-served: // the listener broke; nobody asked it to stop
-	case <-ctx.Done():
-		s.shutdown(srv)
-		redisDone.Wait()
+	go func() {
+		served <- srv.Serve(ln)
+		cancel() // when nobody asked it to, the listener broke
+	}()
+	<-ctx.Done()
+	s.shutdown(srv)
+	redisDone.Wait()
+	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+		return err
 	}
-	return err
+	return nil
 }
 
 // A config is what flags and environment say.
 type config struct {
-	addr, channel, origin string
-	redis                 *url.URL // nil: a room in memory
-	history               int
-	rate                  float64
-	key, password         string
+	addr, channel string
+	redis         *url.URL // nil: a room in memory
+	history       int
+	rate          float64
+	origins       http.CrossOriginProtection
+	key, password string
 }
 
 // A usageError is a mistake in how the program was called. It never contains an argument that
@@ -221,7 +228,7 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags.StringVar(&c.channel, "channel", "chat", "Redis channel `name` of the room")
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n0 turns this and the limits on logging in off")
-	flags.StringVar(&c.origin, "origin", "", "origin `url` to trust, behind a proxy that changes the Host header")
+	origin := flags.String("origin", "", "origin `url` to trust, behind a proxy that changes the Host header")
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
@@ -230,7 +237,7 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, CHAT_PASSWORD closes the room.\n")
 		return nil, nil
 	} else if err != nil {
-		return nil, usagef("%s", redact(err.Error()))
+		return nil, usagef("%s", strings.ReplaceAll(redact(err.Error()), "\n", " "))
 	}
 	if *version {
 		fmt.Fprintln(stdout, versionLine())
@@ -245,13 +252,16 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 			return nil, err
 		}
 	}
+	if *origin != "" && c.origins.AddTrustedOrigin(*origin) != nil {
+		return nil, usagef("-origin wants scheme://host[:port], not %q", redact(*origin))
+	}
 	return c, c.check()
 }
 
 // check refuses values that cannot work.
 func (c *config) check() error {
-	_, port, err := net.SplitHostPort(c.addr)
-	if n, bad := strconv.ParseUint(port, 10, 16); err != nil || bad != nil && !isWord(port) || n > 65535 {
+	host, port, err := net.SplitHostPort(c.addr)
+	if _, bad := strconv.ParseUint(port, 10, 16); err != nil || bad != nil || strings.ContainsAny(host, "@/ ") {
 		return usagef("-addr wants host:port or :port, not %q", redact(c.addr))
 	}
 	if c.history < 0 || c.history > ringSize {
@@ -262,9 +272,6 @@ func (c *config) check() error {
 	}
 	if c.channel == "" || strings.ContainsFunc(c.channel, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }) {
 		return usagef("-channel wants a name without spaces, not %q", redact(c.channel))
-	}
-	if c.origin != "" && new(http.CrossOriginProtection).AddTrustedOrigin(c.origin) != nil {
-		return usagef("-origin wants scheme://host[:port], not %q", redact(c.origin))
 	}
 	return nil
 }
@@ -506,39 +513,53 @@ func (l *Log) append(m message) {
 	}
 }
 
-// merge takes in what the room's list in Redis holds and this log does not. When the list has
-// not got this log's newest message, the log has missed some, and says so by a gap; a list that
-// is empty was forgotten and says nothing. It reports whether the list has every announced
-// message of the log.
+// merge takes in what the room's list in Redis holds and this log lacks, and reports whether the
+// list has every announced message of the log. What stands in the list before all that is known
+// here is older than this log, and stays out.
+//
+// A gap comes first when the log has missed something for good: when its newest message is not
+// in the list (an empty one was forgotten and says nothing), or when it lacks a message that
+// stands before one it has.
 func (l *Log) merge(list []message) (complete bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	defer l.broadcast()
-	listed := map[string]bool{}
+	// All is looked up before anything is added, since adding pushes the oldest out.
+	listed, met, gap := map[string]bool{}, false, false
+	var missing []message
 	for _, m := range list {
+		_, known := l.index[m.id]
+		switch {
+		case listed[m.id]: // a second attempt of the same post
+		case known && !met:
+			met, missing = true, nil
+		case known:
+			gap = gap || len(missing) > 0
+		default:
+			missing = append(missing, m)
+		}
 		listed[m.id] = true
 	}
+	complete = true
+	for pos := l.oldest; pos < l.next; pos++ {
+		m := l.at(pos)
+		complete = complete && (!m.announced() || listed[m.id])
+	}
+	gap = gap || l.newest != "0" && len(list) > 0 && !listed[l.newest]
 	switch {
 	case l.next == 0 && len(list) >= ringSize:
 		l.next, l.oldest = 1, 1 // a full list may have lost its head: cursor 0 is before it
-	case l.newest != "0" && len(list) > 0 && !listed[l.newest] && l.at(l.next-1).id != "":
+	case gap && l.at(l.next-1).id != "":
 		l.add(message{})
 	}
-	for _, m := range list {
-		if _, known := l.index[m.id]; !known {
-			l.add(m)
-		}
+	for _, m := range missing {
+		l.add(m)
 	}
-	for pos := l.oldest; pos < l.next; pos++ {
-		if m := l.at(pos); m.announced() && !listed[m.id] {
-			return false
-		}
-	}
-	return true
+	return complete
 }
 
-// announced returns the announced messages held, oldest first.
-func (l *Log) announced() []message {
+// posted returns the announced messages held, oldest first.
+func (l *Log) posted() []message {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	list := make([]message, 0, l.count)
@@ -705,8 +726,8 @@ func pingAt(id string) []byte {
 	return fmt.Appendf(nil, "event: ping\nid: %s\ndata:\n\n", id)
 }
 
-// retryFrame tells the browser when to come back after the answer has ended: a time between
-// low and twice to four times that, so that a class does not come back in one instant.
+// retryFrame tells the browser when to come back after the answer has ended: after low to high
+// milliseconds, so that a class does not come back in one instant.
 func retryFrame(low, high int) []byte {
 	return fmt.Appendf(nil, "retry: %d\n\n", low+mathrand.IntN(high-low+1))
 }
@@ -914,7 +935,8 @@ type broker struct {
 	logf    func(format string, args ...any)
 
 	posts chan *post
-	heard atomic.Int64 // when the subscription last brought a line, in Unix nanoseconds
+	start time.Time    // of the broker; heard counts from it, so that a changed clock does not matter
+	heard atomic.Int64 // when the subscription last brought a line, in nanoseconds
 
 	mu   sync.Mutex
 	away error // why the room is not joined; nil while it is
@@ -939,7 +961,7 @@ var (
 
 func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
 	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
-		gotKey: gotKey, log: l, logf: logf, posts: make(chan *post), away: errNotJoined, base: "0"}
+		gotKey: gotKey, log: l, logf: logf, posts: make(chan *post), away: errNotJoined, base: "0", start: time.Now()}
 }
 
 // run keeps the room joined until ctx ends. It logs changes of state, not attempts.
@@ -1048,11 +1070,11 @@ func (b *broker) session(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := b.takeList(pub); err != nil {
+	probe, echo, broken := rand.Text(), make(chan struct{}, 1), make(chan error, 1)
+	if err := b.takeList(pub, head, probe); err != nil {
 		return err
 	}
 	b.heardOf(head)
-	probe, echo, broken := rand.Text(), make(chan struct{}, 1), make(chan error, 1)
 	go func() {
 		defer close(broken)
 		broken <- b.follow(sub, probe, echo)
@@ -1162,10 +1184,12 @@ func fromRedis(raw string) string {
 	return line
 }
 
-// takeList takes the list into the log and, when Redis has forgotten some of what the log holds,
-// writes the log back as the list. WATCH makes EXEC do nothing when another process wrote
+// takeList takes the list into the log, up to head: what stands behind it comes by the
+// subscription too, in its place among the foreign lines. When Redis has forgotten some of what
+// the log holds, it writes the log back as the list, and makes the other processes join again,
+// for some of it may be new to them. WATCH makes EXEC do nothing when another process wrote
 // meanwhile; then it starts again with what that one wrote.
-func (b *broker) takeList(c redis.Conn) error {
+func (b *broker) takeList(c redis.Conn, head, probe string) error {
 	name := b.channel + ":history"
 	for range restoreTries {
 		if _, err := c.Do("WATCH", name); err != nil {
@@ -1179,20 +1203,39 @@ func (b *broker) takeList(c redis.Conn) error {
 		if err != nil {
 			return err
 		}
-		if b.log.merge(list) {
+		if b.log.merge(upTo(list, head)) {
 			_, err = c.Do("UNWATCH")
 			return err
 		}
+		b.log.merge(list)
 		c.Send("MULTI")
 		c.Send("DEL", name)
-		for _, m := range b.log.announced() {
+		for _, m := range b.log.posted() {
 			c.Send("RPUSH", name, m.id+" "+toRedis(m.line))
 		}
+		c.Send("PUBLISH", b.channel+":probe", rewritten+probe)
 		if _, err = results(redis.DoWithTimeout(c, listTimeout, "EXEC")); err != redis.ErrNil {
 			return err
 		}
 	}
 	return errors.New("the history is being rewritten by others")
+}
+
+// rewritten on the probe channel, before the probe of the process that did it, tells the others
+// that the list was written back.
+const rewritten = "rewritten "
+
+// upTo returns the list up to the last message with the id, all of it if there is none.
+func upTo(list []message, id string) []message {
+	for i, m := range slices.Backward(list) {
+		if m.id == id {
+			return list[:i+1]
+		}
+	}
+	if id == "" {
+		return nil // the list was empty then
+	}
+	return list
 }
 
 // follow appends what the subscription brings, and returns when it breaks. The publishes of one
@@ -1206,7 +1249,11 @@ func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) erro
 		case redis.Message:
 			switch m.Channel {
 			case b.channel + ":probe":
-				if string(m.Data) == probe && len(echo) == 0 {
+				by, was := strings.CutPrefix(string(m.Data), rewritten)
+				if was && by != probe {
+					return errForgot
+				}
+				if by == probe && !was && len(echo) == 0 {
 					echo <- struct{}{} // never blocks: only this goroutine sends, and there is room
 				}
 				continue
@@ -1218,7 +1265,7 @@ func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) erro
 				b.take(id, string(m.Data))
 				id = ""
 			}
-			b.heard.Store(time.Now().UnixNano())
+			b.heard.Store(int64(time.Since(b.start)))
 		}
 	}
 }
@@ -1281,11 +1328,11 @@ func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broke
 			}
 		case <-echo:
 			probing = false
-			b.heard.Store(time.Now().UnixNano())
+			b.heard.Store(int64(time.Since(b.start)))
 			b.join()
 			tick.Reset(redisSilence)
 		case <-tick.C:
-			silence := time.Since(time.Unix(0, b.heard.Load()))
+			silence := time.Since(b.start) - time.Duration(b.heard.Load())
 			switch {
 			case probing && len(echo) == 0:
 				return errProbe
@@ -1355,7 +1402,7 @@ func (b *broker) send(c redis.Conn, batch []*post) (err error) {
 		if err != nil {
 			return err
 		}
-		if length, _ := replies[0].(int64); length < int64(held) {
+		if length, _ := replies[0].(int64); length <= int64(held) {
 			forgot = true
 		}
 		batch[0].done <- nil
@@ -1396,8 +1443,7 @@ type server struct {
 
 	pages   *template.Template
 	texts   map[string]map[string]string // language → key → text
-	etags   map[string]string            // asset → ETag
-	origins *http.CrossOriginProtection
+	files   map[string]file              // by name, what /assets/ serves
 	mux     *http.ServeMux
 	process string // which process this is, for the lesson
 
@@ -1412,14 +1458,9 @@ type server struct {
 }
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
-	s := &server{cfg: cfg, logf: logf, origins: http.NewCrossOriginProtection(), streams: map[*stream]struct{}{}}
+	s := &server{cfg: cfg, logf: logf, streams: map[*stream]struct{}{}}
 	s.maxConns = max(fileLimit()-spareFiles-busyConns, busyConns)
 	s.maxStreams = s.maxConns - s.maxConns/8
-	if cfg.origin != "" {
-		if err := s.origins.AddTrustedOrigin(cfg.origin); err != nil {
-			return nil, err
-		}
-	}
 	if cfg.rate > 0 {
 		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: 10}
 		s.logins = limiter{every: time.Second / 5, burst: 400}
@@ -1445,8 +1486,17 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	return s, s.loadAssets()
 }
 
-// loadAssets parses the embedded pages and texts, and names each file by its content.
+// A file is one of the assets, named by its content for the browser's cache.
+type file struct {
+	kind, etag string
+	content    []byte
+}
+
+// loadAssets parses the embedded pages and texts, and reads the files.
 func (s *server) loadAssets() (err error) {
+	// The types are named here because on Windows the system's may be anything.
+	kinds := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+		".svg": "image/svg+xml", ".png": "image/png"}
 	s.pages, err = template.New("").Option("missingkey=error").ParseFS(assets, "assets/*.html")
 	if err != nil {
 		return err
@@ -1458,15 +1508,18 @@ func (s *server) loadAssets() (err error) {
 	if err := json.Unmarshal(texts, &s.texts); err != nil {
 		return fmt.Errorf("reading strings.json: %w", err)
 	}
-	s.etags = map[string]string{}
-	return fs.WalkDir(assets, "assets", func(name string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || path.Ext(name) == ".html" {
+	names, err := fs.Glob(assets, "assets/*")
+	s.files = map[string]file{}
+	for _, name := range names {
+		content, err := assets.ReadFile(name)
+		if err != nil {
 			return err
 		}
-		content, err := assets.ReadFile(name)
-		s.etags[name] = fmt.Sprintf("%q", fmt.Sprintf("%x", sha256.Sum256(content))[:16])
-		return err
-	})
+		if kind, ok := kinds[path.Ext(name)]; ok {
+			s.files[path.Base(name)] = file{kind, fmt.Sprintf(`"%x"`, sha256.Sum256(content))[:18] + `"`, content}
+		}
+	}
+	return err
 }
 
 // httpServer returns the server with its bounds: each of a request's parts takes bounded time
@@ -1584,7 +1637,7 @@ func tooMany(w http.ResponseWriter, wait time.Duration) {
 // sameOrigin refuses a request that another site's page made the browser send.
 func (s *server) sameOrigin(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if s.origins.Check(r) != nil {
+		if s.cfg.origins.Check(r) != nil {
 			http.Error(w, "this request came from a page of another site; "+
 				"if a proxy changes the Host header, start chat with -origin and the address that people open",
 				http.StatusForbidden)
@@ -1623,6 +1676,8 @@ func (s *server) identify(r *http.Request) (session, identity) {
 	return session{}, invalid
 }
 
+const cannotTell = "the room cannot tell who you are until Redis is back"
+
 // admit tells whether the sender may take part in the room, and answers if not. To read an open
 // room a broken session does no harm; to write under it must not be anonymous.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (session, bool) {
@@ -1630,7 +1685,7 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (sess
 	closed := s.cfg.password != ""
 	switch {
 	case who == pending && (closed || write):
-		unavailable(w, "the room cannot tell who you are until Redis is back")
+		unavailable(w, cannotTell)
 	case who != member && closed, who == invalid && write:
 		http.Error(w, "log in first", http.StatusUnauthorized)
 	default:
@@ -1752,7 +1807,7 @@ func (s *server) chat(w http.ResponseWriter, r *http.Request) {
 		}
 		s.show(w, r, http.StatusOK, "chat.html", v)
 	case pending:
-		unavailable(w, "the room cannot tell who you are until Redis is back")
+		unavailable(w, cannotTell)
 	default:
 		http.Redirect(w, r, "/login", http.StatusSeeOther)
 	}
@@ -1886,7 +1941,9 @@ func (s *server) accept(w http.ResponseWriter, r *http.Request, sess session, id
 	if s.broker == nil {
 		s.log.append(m)
 	} else if err := s.broker.publish(r.Context(), m); err != nil {
-		s.posts.giveBack(sender)
+		if r.Context().Err() == nil { // who hung up may well have posted
+			s.posts.giveBack(sender)
+		}
 		unavailable(w, "not sure that the message is in the room; sending it again with the same Idempotency-Key is safe")
 		return false
 	}
@@ -1899,7 +1956,7 @@ func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
 	case s.cfg.password == "" || who == member:
 		s.show(w, r, http.StatusOK, "lesson.html", view{Redis: s.broker != nil, Channel: s.cfg.channel, Process: s.process})
 	case who == pending:
-		unavailable(w, "the room cannot tell who you are until Redis is back")
+		unavailable(w, cannotTell)
 	default:
 		http.Redirect(w, r, "/login", http.StatusSeeOther)
 	}
@@ -1916,22 +1973,17 @@ func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintln(w, "ok")
 }
 
-// asset serves an embedded file. The types are named here because on Windows the system's may
-// be anything.
+// asset serves an embedded file.
 func (s *server) asset(w http.ResponseWriter, r *http.Request) {
-	name := "assets/" + r.PathValue("name")
-	etag, ok := s.etags[name]
-	content, err := assets.ReadFile(name)
-	if !ok || err != nil {
+	f, ok := s.files[r.PathValue("name")]
+	if !ok {
 		http.NotFound(w, r)
 		return
 	}
-	kinds := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-		".json": "application/json", ".svg": "image/svg+xml", ".png": "image/png"}
-	w.Header().Set("Content-Type", cmp.Or(kinds[path.Ext(name)], "application/octet-stream"))
-	w.Header().Set("ETag", etag)
+	w.Header().Set("Content-Type", f.kind)
+	w.Header().Set("ETag", f.etag)
 	w.Header().Set("Cache-Control", "no-cache")
-	http.ServeContent(w, r, name, time.Time{}, bytes.NewReader(content))
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(f.content))
 }
 
 // stream answers with events. It takes the connection over from net/http, whose handler would
@@ -1941,8 +1993,12 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	query, err := parseForm(r.URL.RawQuery)
+	if err != nil {
+		http.Error(w, "the query is broken", http.StatusBadRequest)
+		return
+	}
 	st := &stream{log: s.log, poll: query.Has("wait"), from: cmp.Or(r.Header.Get("Last-Event-ID"), query.Get("after"))}
-	if st.poll && err == nil {
+	if st.poll {
 		st.wait, err = time.ParseDuration(query.Get("wait"))
 	}
 	if err != nil || st.wait < 0 {
@@ -1972,10 +2028,10 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 	h.Write(head)
 	head.WriteString("\r\n")
 	s.mu.Lock()
-	st.conn = conn
+	st.conn, st.head = conn, head.Bytes()
 	s.mu.Unlock()
 	s.finished.Go(func() {
-		st.run(head.Bytes())
+		st.run()
 		conn.Close()
 		s.leave(st)
 		s.conns.Add(-1)
@@ -2003,15 +2059,18 @@ func (s *server) leave(st *stream) {
 type stream struct {
 	log   *Log
 	conn  net.Conn // guarded by the server's mu until run
+	head  []byte   // of the answer
 	from  string   // the id that the reader has
-	poll  bool     // the answer ends: with wait after that time at most, or when there was something
+	poll  bool     // the answer ends when there was something, or after wait
 	wait  time.Duration
-	place cursor
+	at    cursor
 	renew time.Time // when the connection's write deadline is to be set anew
 }
 
-// run writes head and then events until the reader is gone, its time is over, or the log closed.
-func (st *stream) run(head []byte) {
+// run writes the head and then events until the reader is gone, its time is over, or the log is
+// closed. A poll ends when it is up to date; a long one needs a message for that, and does not
+// go on for ever in a room that is faster than its reader.
+func (st *stream) run() {
 	low, high := 1000, 4000
 	var end <-chan time.Time // of a long poll; nil, and so never, for a stream
 	if st.poll {
@@ -2021,38 +2080,45 @@ func (st *stream) run(head []byte) {
 		}
 		end = time.After(min(st.wait, maxWait))
 	}
-	if !st.write(append(head, retryFrame(low, high)...)) || !st.settle(end) {
+	if !st.write(append(st.head, retryFrame(low, high)...)) || !st.settle(end) {
 		return
 	}
-	caughtUp, some := false, false // the backlog is written; it held a message
+	st.head, st.from = nil, "" // the rest of the stream's life may be long
+	sent, greeted := 0, false  // bytes of messages; the ping after the backlog
 	for {
-		frames, wake := st.log.read(&st.place)
-		some = some || len(frames) > 0 && !bytes.Equal(frames, gapFrame)
-		switch {
-		case len(frames) > 0 && !st.write(frames):
-			return
-		case wake == nil && len(frames) > 0:
-			continue
-		case wake == nil:
-			st.write(retryFrame(1000, 4000))
-			return
-		case st.poll && (some || st.wait == 0):
-			st.write(pingAt(st.log.before(st.place)))
-			return
-		case !caughtUp && !st.write(pingAt(st.log.before(st.place))):
-			return
-		case caughtUp && len(frames) == 0 && !st.write(pingFrame):
+		frames, wake := st.log.read(&st.at)
+		if len(frames) > 0 && !st.write(frames) {
 			return
 		}
-		caughtUp = true
+		if !bytes.Equal(frames, gapFrame) {
+			sent += len(frames)
+		}
+		if st.poll && (wake != nil && (sent > 0 || st.wait == 0) || st.wait > 0 && sent >= maxPoll) {
+			st.ping()
+			return
+		}
+		if wake == nil && len(frames) > 0 {
+			continue
+		}
+		if wake == nil {
+			st.write(retryFrame(1000, 4000))
+			return
+		}
+		if !greeted && !st.ping() || greeted && len(frames) == 0 && !st.write(pingFrame) {
+			return
+		}
+		greeted = true
 		select {
 		case <-wake:
 		case <-end:
-			st.write(pingAt(st.log.before(st.place)))
+			st.ping()
 			return
 		}
 	}
 }
+
+// ping tells the reader that it is up to date, and as of which message.
+func (st *stream) ping() bool { return st.write(pingAt(st.log.before(st.at))) }
 
 // settle finds the reader's place. An id that is not known may be on its way from Redis, so the
 // reader is told to wait, for a while that counts only while the room is joined; then its place
@@ -2061,7 +2127,7 @@ func (st *stream) settle(end <-chan time.Time) bool {
 	came, told := time.Now(), false
 	for {
 		p := st.log.find(st.from)
-		if st.place = p.cursor; p.known {
+		if st.at = p.cursor; p.known {
 			return true
 		}
 		if p.wake == nil {
@@ -2072,7 +2138,7 @@ func (st *stream) settle(end <-chan time.Time) bool {
 		if !p.joined.IsZero() {
 			left := st.log.grace - min(time.Since(came), time.Since(p.joined))
 			if left <= 0 {
-				st.place = lost
+				st.at = lost
 				return true
 			}
 			lapsed = time.After(left)
@@ -2091,8 +2157,8 @@ func (st *stream) settle(end <-chan time.Time) bool {
 	}
 }
 
-// write writes to the reader and reports whether it could. A write has writeTimeout at least;
-// its deadline is set now and then, since setting one costs more than the write's own code.
+// write writes to the reader and reports whether it could. A write, which is a page at most, has
+// writeTimeout at least; its deadline is set only now and then, because setting one is dear.
 func (st *stream) write(b []byte) bool {
 	if now := time.Now(); now.After(st.renew) {
 		st.renew = now.Add(writeRenew)

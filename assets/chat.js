@@ -160,7 +160,7 @@ document.addEventListener('visibilitychange', () => {
 // ---- rows ----
 
 /** [12:34:56] name: text. A line of another program need not look like this. */
-const LINE = /^\[((\d\d):(\d\d)):(\d\d)\] ([^:]+): ([^]*)$/;
+const LINE = /^\[((\d\d):(\d\d)):(\d\d)\] ([^:\n]{1,64}): ([^]*)$/;
 
 let rows = 0;
 /** The author of the last row, and when it was, in seconds of the day. */
@@ -363,7 +363,7 @@ function showState(state) {
 }
 
 for (const event of ['online', 'offline']) {
-  addEventListener(event, () => { if (/reconnecting|offline/.test(body.dataset.state ?? '')) showLoss(); });
+  addEventListener(event, () => /reconnecting|offline/.test(body.dataset.state ?? '') && showLoss());
 }
 
 // ---- sending ----
