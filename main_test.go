@@ -22,6 +22,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -3518,4 +3519,112 @@ func readFile(t testing.TB, name string) string {
 		t.Fatal(err)
 	}
 	return string(b)
+}
+
+// BenchmarkFanout posts messages one after the other, each when all readers have the one before.
+// The readers are sockets of this process, so their cost is in the figure too.
+func BenchmarkFanout(b *testing.B) {
+	for _, readers := range []int{100, 1000, 5000} {
+		b.Run(fmt.Sprint(readers, " readers"), func(b *testing.B) {
+			if limit := fileLimit(); limit < 2*readers+100 {
+				b.Skipf("needs %d descriptors, may open %d", 2*readers+100, limit)
+			}
+			room := startRoom(b, "-rate", "0")
+			var frames, size atomic.Int64
+			arrived := make(chan struct{}, 1)
+			for range readers {
+				conn := openStream(b, room.url)
+				go func() {
+					buf := make([]byte, 4096)
+					for {
+						n, err := conn.Read(buf)
+						if err != nil {
+							return
+						}
+						size.Add(int64(n))
+						got := int64(bytes.Count(buf[:n], []byte("\n\n")))
+						if all := frames.Add(got); all/int64(readers) > (all-got)/int64(readers) {
+							arrived <- struct{}{}
+						}
+					}
+				}()
+			}
+			c := newClient(b, room.url)
+			size.Store(0)
+			b.ResetTimer()
+			for range b.N {
+				c.say("a message of the usual length, as people write them in class")
+				<-arrived
+			}
+			deliveries := float64(b.N * readers)
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/deliveries, "ns/delivery")
+			b.ReportMetric(float64(size.Load())/deliveries, "B/delivery")
+		})
+	}
+}
+
+// openStream opens a stream on a connection of its own and reads up to the first ping.
+func openStream(b *testing.B, url string) net.Conn {
+	b.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { conn.Close() })
+	io.WriteString(conn, "GET /stream HTTP/1.1\r\nHost: chat\r\n\r\n")
+	var head []byte
+	for buf := make([]byte, 4096); !bytes.HasSuffix(head, []byte("data:\n\n")); {
+		n, err := conn.Read(buf)
+		if err != nil {
+			b.Fatal(err)
+		}
+		head = append(head, buf[:n]...)
+	}
+	return conn
+}
+
+// BenchmarkPost posts from 64 connections at once; each post is answered when its message is in
+// the room.
+func BenchmarkPost(b *testing.B) {
+	post := func(b *testing.B, room *room) {
+		b.SetParallelism(64)
+		b.RunParallel(func(pb *testing.PB) {
+			client := &http.Client{Transport: &http.Transport{}}
+			defer client.CloseIdleConnections()
+			for pb.Next() {
+				resp, err := client.Post(room.url+"/post", "application/x-www-form-urlencoded", strings.NewReader("message=hello"))
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				resp.Body.Close()
+				if resp.StatusCode != http.StatusNoContent {
+					b.Errorf("got %d, want 204", resp.StatusCode)
+				}
+			}
+		})
+		b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "posts/s")
+	}
+	b.Run("memory", func(b *testing.B) { post(b, startRoom(b, "-rate", "0")) })
+	b.Run("redis", func(b *testing.B) { post(b, startRedis(b).room("-rate", "0").joined()) })
+}
+
+// BenchmarkResume is a reader that comes back and has missed a number of messages.
+func BenchmarkResume(b *testing.B) {
+	for _, missed := range []int{0, 100, 4000} {
+		b.Run(fmt.Sprint(missed, " missed"), func(b *testing.B) {
+			room := startRoom(b, "-rate", "0")
+			c := newClient(b, room.url)
+			c.postKey("benchmark-resume-0000", "the last one seen")
+			for range missed {
+				c.say("a message of the usual length, as people write them in class")
+			}
+			b.ResetTimer()
+			for range b.N {
+				if got := c.get("/stream?wait=0&after=benchmark-resume-0000"); strings.Count(got.body, "\nid: ") < missed {
+					b.Fatalf("got %d messages, want %d", strings.Count(got.body, "\nid: "), missed)
+				}
+			}
+		})
+	}
 }
