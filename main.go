@@ -174,7 +174,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	}
 	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", cfg.addr)
 	if err != nil {
-		return fmt.Errorf("listening on %s: %w; another address is chosen with -addr, such as -addr :8990", cfg.addr, cause(err))
+		return fmt.Errorf("listening on %s: %w; choose another address with -addr, such as -addr :8990",
+			cfg.addr, cause(err))
 	}
 	s.urls = roomURLs(ln.Addr())
 	fmt.Fprintf(stdout, "chat: open %s\n", strings.Join(s.urls, " or "))
@@ -224,10 +225,12 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags := flag.NewFlagSet("chat", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.addr, "addr", ":8989", "address to listen on, `host:port`")
-	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or rediss:// URL\n(default $REDIS_URL; when that is empty, a room in memory)")
+	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or rediss:// URL\n"+
+		"(default $REDIS_URL; when that is empty, a room in memory)")
 	flags.StringVar(&c.channel, "channel", "chat", "Redis channel `name` of the room")
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
-	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n0 turns this and the limits on logging in off")
+	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
+		"0 turns this and the limits on logging in off")
 	origin := flags.String("origin", "", "origin `url` to trust, behind a proxy that changes the Host header")
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
@@ -270,7 +273,7 @@ func (c *config) check() error {
 	if !(c.rate >= 0) || math.IsInf(c.rate, 0) || c.rate > 0 && c.rate < 0.001 {
 		return usagef("-rate wants messages a second, or 0 for no limit, not %v", c.rate)
 	}
-	if c.channel == "" || strings.ContainsFunc(c.channel, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }) {
+	if c.channel == "" || strings.ContainsFunc(c.channel, func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }) {
 		return usagef("-channel wants a name without spaces, not %q", redact(c.channel))
 	}
 	return nil
@@ -540,11 +543,6 @@ func (l *Log) merge(list []message) (complete bool) {
 		}
 		listed[m.id] = true
 	}
-	complete = true
-	for pos := l.oldest; pos < l.next; pos++ {
-		m := l.at(pos)
-		complete = complete && (!m.announced() || listed[m.id])
-	}
 	gap = gap || l.newest != "0" && len(list) > 0 && !listed[l.newest]
 	switch {
 	case l.next == 0 && len(list) >= ringSize:
@@ -554,6 +552,12 @@ func (l *Log) merge(list []message) (complete bool) {
 	}
 	for _, m := range missing {
 		l.add(m)
+	}
+	complete, met = true, len(list) < ringSize // a full list has no room for what is older
+	for pos := l.oldest; pos < l.next; pos++ {
+		m := l.at(pos)
+		met = met || listed[m.id]
+		complete = complete && (!met || !m.announced() || listed[m.id])
 	}
 	return complete
 }
@@ -1070,11 +1074,12 @@ func (b *broker) session(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	probe, echo, broken := rand.Text(), make(chan struct{}, 1), make(chan error, 1)
-	if err := b.takeList(pub, head, probe); err != nil {
+	probe, err := b.takeList(pub, head)
+	if err != nil {
 		return err
 	}
 	b.heardOf(head)
+	echo, broken := make(chan struct{}, 1), make(chan error, 1)
 	go func() {
 		defer close(broken)
 		broken <- b.follow(sub, probe, echo)
@@ -1185,44 +1190,63 @@ func fromRedis(raw string) string {
 }
 
 // takeList takes the list into the log, up to head: what stands behind it comes by the
-// subscription too, in its place among the foreign lines. When Redis has forgotten some of what
-// the log holds, it writes the log back as the list, and makes the other processes join again,
-// for some of it may be new to them. WATCH makes EXEC do nothing when another process wrote
-// meanwhile; then it starts again with what that one wrote.
-func (b *broker) takeList(c redis.Conn, head, probe string) error {
-	name := b.channel + ":history"
+// subscription too, in its place among the foreign lines. When the list lacks some of the log,
+// Redis has forgotten, and the log is written back. It returns the probe that was published
+// at the moment of the list that was taken or written.
+func (b *broker) takeList(c redis.Conn, head string) (probe string, err error) {
 	for range restoreTries {
-		if _, err := c.Do("WATCH", name); err != nil {
-			return err
-		}
-		reply, err := redis.DoWithTimeout(c, listTimeout, "LRANGE", name, 0, -1)
-		if err != nil {
-			return err
-		}
-		list, err := parseList(reply)
-		if err != nil {
-			return err
-		}
-		if b.log.merge(upTo(list, head)) {
-			_, err = c.Do("UNWATCH")
-			return err
-		}
-		b.log.merge(list)
+		probe = rand.Text()
 		c.Send("MULTI")
-		c.Send("DEL", name)
-		for _, m := range b.log.posted() {
-			c.Send("RPUSH", name, m.id+" "+toRedis(m.line))
+		c.Send("LRANGE", b.channel+":history", 0, -1)
+		b.queueProbe(c, probe)
+		replies, err := results(redis.DoWithTimeout(c, listTimeout, "EXEC"))
+		if err != nil {
+			return "", err
 		}
-		c.Send("PUBLISH", b.channel+":probe", rewritten+probe)
-		if _, err = results(redis.DoWithTimeout(c, listTimeout, "EXEC")); err != redis.ErrNil {
-			return err
+		list, err := parseList(replies[0])
+		if err != nil || b.log.merge(upTo(list, head)) {
+			return probe, err
+		}
+		probe = rand.Text() // what went before it is older than the list now
+		if err = b.writeList(c, probe); err != redis.ErrNil {
+			return probe, err
 		}
 	}
-	return errors.New("the history is being rewritten by others")
+	return "", errors.New("the history is being rewritten by others")
 }
 
-// rewritten on the probe channel, before the probe of the process that did it, tells the others
-// that the list was written back.
+// writeList writes the log as the list, with what others have added to that, and makes the other
+// processes join again, for some of it may be new to them. It returns redis.ErrNil when another
+// process was faster: then WATCH made EXEC do nothing, or there was nothing left to do.
+func (b *broker) writeList(c redis.Conn, probe string) error {
+	name := b.channel + ":history"
+	if _, err := c.Do("WATCH", name); err != nil {
+		return err
+	}
+	reply, err := redis.DoWithTimeout(c, listTimeout, "LRANGE", name, 0, -1)
+	if err != nil {
+		return err
+	}
+	list, err := parseList(reply)
+	if err != nil {
+		return err
+	}
+	if b.log.merge(list) {
+		_, err = c.Do("UNWATCH")
+		return cmp.Or(err, redis.ErrNil)
+	}
+	c.Send("MULTI")
+	c.Send("DEL", name)
+	for _, m := range b.log.posted() {
+		c.Send("RPUSH", name, m.id+" "+toRedis(m.line))
+	}
+	c.Send("PUBLISH", b.channel+":probe", rewritten+probe)
+	_, err = results(redis.DoWithTimeout(c, listTimeout, "EXEC"))
+	return err
+}
+
+// rewritten, on the probe channel before the probe of the process that did it, says that the
+// list was written back.
 const rewritten = "rewritten "
 
 // upTo returns the list up to the last message with the id, all of it if there is none.
@@ -1241,7 +1265,7 @@ func upTo(list []message, id string) []message {
 // follow appends what the subscription brings, and returns when it breaks. The publishes of one
 // EXEC come next to each other, so the id before a line is the line's.
 func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) error {
-	id := ""
+	id, current := "", false // whether the subscription has come to the list that was taken
 	for {
 		switch m := (redis.PubSubConn{Conn: sub}).ReceiveWithTimeout(0).(type) {
 		case error:
@@ -1250,11 +1274,15 @@ func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) erro
 			switch m.Channel {
 			case b.channel + ":probe":
 				by, was := strings.CutPrefix(string(m.Data), rewritten)
-				if was && by != probe {
+				if was && by != probe && current {
 					return errForgot
 				}
-				if by == probe && !was && len(echo) == 0 {
-					echo <- struct{}{} // never blocks: only this goroutine sends, and there is room
+				if by == probe {
+					current = true
+					select {
+					case echo <- struct{}{}:
+					default: // the one before is not taken yet
+					}
 				}
 				continue
 			case b.channel + ":id":
@@ -1316,9 +1344,9 @@ func (b *broker) foreignID(raw string) string {
 // serve publishes posts, and probes when nothing was heard for a while, until something breaks.
 // The first probe to come back makes the room joined.
 func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broken <-chan error) error {
-	tick := time.NewTimer(0)
+	tick := time.NewTimer(probeTimeout)
 	defer tick.Stop()
-	for probing := false; ; {
+	for probing := true; ; { // the first probe went out with the list
 		select {
 		case err := <-broken:
 			return err
@@ -1337,7 +1365,7 @@ func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broke
 			case probing && len(echo) == 0:
 				return errProbe
 			case probing:
-			case silence < redisSilence && b.state() == nil:
+			case silence < redisSilence:
 				tick.Reset(redisSilence - silence)
 			default:
 				if err := b.sendProbe(pub, probe); err != nil {
@@ -1354,10 +1382,14 @@ func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broke
 // or a key of another type shows.
 func (b *broker) sendProbe(c redis.Conn, probe string) error {
 	c.Send("MULTI")
-	c.Send("LTRIM", b.channel+":history", -ringSize, -1)
-	c.Send("PUBLISH", b.channel+":probe", probe)
+	b.queueProbe(c, probe)
 	_, err := results(c.Do("EXEC"))
 	return err
+}
+
+func (b *broker) queueProbe(c redis.Conn, probe string) {
+	c.Send("LTRIM", b.channel+":history", -ringSize, -1)
+	c.Send("PUBLISH", b.channel+":probe", probe)
 }
 
 // batch returns the post and others that already wait.
@@ -1716,8 +1748,9 @@ func address(r *http.Request) string {
 // readForm reads a form from the body, or answers why it cannot. It splits at & alone, as the
 // URL standard does: net/http also refuses a bare semicolon, which curl -d sends.
 func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
-	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != "application/x-www-form-urlencoded" {
-		http.Error(w, "want a form: Content-Type application/x-www-form-urlencoded", http.StatusUnsupportedMediaType)
+	const formType = "application/x-www-form-urlencoded"
+	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != formType {
+		http.Error(w, "want a form: Content-Type "+formType, http.StatusUnsupportedMediaType)
 		return nil, false
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
@@ -1944,7 +1977,7 @@ func (s *server) accept(w http.ResponseWriter, r *http.Request, sess session, id
 		if r.Context().Err() == nil { // who hung up may well have posted
 			s.posts.giveBack(sender)
 		}
-		unavailable(w, "not sure that the message is in the room; sending it again with the same Idempotency-Key is safe")
+		unavailable(w, "not sure that the message is in the room; with its Idempotency-Key it is safe to send it again")
 		return false
 	}
 	return true
