@@ -1105,29 +1105,31 @@ func (b *broker) dial(ctx context.Context) (redis.Conn, error) {
 }
 
 // shareKey agrees with the other processes on the key of the cookies: the first one draws it,
-// and whoever holds it puts it back, in case Redis forgot.
+// and whoever holds it puts it back, in case Redis forgot. A key begins with the time at which
+// it was drawn: of two, one of which was drawn while Redis had forgotten the other, the older
+// is the room's.
 func (b *broker) shareKey(c redis.Conn) error {
-	name := b.channel + ":key"
 	if b.ownKey {
 		return nil
 	}
-	if b.key != "" {
-		_, err := c.Do("SET", name, b.key)
+	name := b.channel + ":key"
+	drawn := fmt.Sprintf("%016x-%s", time.Now().UnixNano(), rand.Text())
+	if _, err := c.Do("SET", name, cmp.Or(b.key, drawn), "NX"); err != nil {
 		return err
 	}
-	if _, err := c.Do("SET", name, rand.Text()+rand.Text(), "NX"); err != nil {
+	found, err := redis.String(c.Do("GET", name))
+	switch {
+	case err != nil:
 		return err
+	case found == "":
+		return fmt.Errorf("%s is empty", name)
+	case b.key == "" || found < b.key:
+		b.key = found
+		b.gotKey(found)
+	case found != b.key:
+		_, err = c.Do("SET", name, b.key)
 	}
-	key, err := redis.String(c.Do("GET", name))
-	if err == nil && key == "" {
-		err = fmt.Errorf("%s is empty", name)
-	}
-	if err != nil {
-		return err
-	}
-	b.key = key
-	b.gotKey(key)
-	return nil
+	return err
 }
 
 // subscribe starts the subscription and returns the id of the list's newest message as it was

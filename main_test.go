@@ -1386,6 +1386,35 @@ func FuzzCookie(f *testing.F) {
 	})
 }
 
+// Of two cookie keys, one of which was drawn while Redis had forgotten the other, the older one
+// ends up everywhere.
+func TestOlderKeyIsTheRooms(t *testing.T) {
+	t.Parallel()
+	redis := startRedis(t)
+	room := redis.room().joined()
+	own := string(redis.do("GET", "chat:key").([]byte))
+	for _, test := range []struct{ name, set, want string }{
+		{"forgotten", "", own},
+		{"a newer one", "ffffffffffffffff-drawn-later", own},
+		{"an older one", "0000000000000001-drawn-before", "0000000000000001-drawn-before"},
+	} {
+		redis.do("SET", "chat:key", test.set)
+		if test.set == "" {
+			redis.do("DEL", "chat:key")
+		}
+		redis.do("CLIENT", "KILL", "TYPE", "pubsub")
+		eventually(t, test.name+" key to be agreed upon", func() bool {
+			key, _ := redis.try("GET", "chat:key")
+			found, _ := key.([]byte)
+			if string(found) != test.want || newClient(t, room.url).get("/healthz").status != http.StatusOK {
+				return false
+			}
+			_, ok := newSigner(test.want, "").verify(newClient(t, room.url).login("小明").session().Value, time.Now())
+			return ok
+		})
+	}
+}
+
 // Keys that a client may choose. None of them is ever the id of a drawn message.
 const (
 	keyA       = "aaaaaaaaaaaaaaaa"
