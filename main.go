@@ -582,17 +582,27 @@ func (l *Log) head() (newest string, count int) {
 	return l.newest, l.count
 }
 
-// join says that messages flow from now on, leave that they do not.
-func (l *Log) join()  { l.change(func() { l.joined, l.begun = time.Now(), true }) }
-func (l *Log) leave() { l.change(func() { l.joined = time.Time{} }) }
-
-// close ends every reader once it has read to the end.
-func (l *Log) close() { l.change(func() { l.closed = true; l.beat.Stop() }) }
-
-func (l *Log) change(set func()) {
+// join says that messages flow from now on.
+func (l *Log) join() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	set()
+	l.joined, l.begun = time.Now(), true
+	l.broadcast()
+}
+
+// leave says that they do not until the next join. There is nothing new in that for anybody.
+func (l *Log) leave() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.joined = time.Time{}
+}
+
+// close ends every reader once it has read to the end.
+func (l *Log) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	l.beat.Stop()
 	l.broadcast()
 }
 
@@ -2048,6 +2058,7 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if !s.enter(st) {
+		h.Set("Connection", "close") // else it stays open, idle, and counts
 		unavailable(w, "too many streams")
 		return
 	}
