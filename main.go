@@ -425,8 +425,9 @@ type Log struct {
 // An entry is a message, or a gap if it has no id.
 type entry struct {
 	message
-	page *page
-	off  int // of its frame in the page
+	page   *page
+	off    int  // of its frame in the page
+	unsure bool // elsewhere other messages may come before it; see merge
 }
 
 // A message is a line of the room, its line breaks LF, under its id.
@@ -500,7 +501,7 @@ func (l *Log) add(m message) {
 	if l.page == nil || m.id == "" || len(l.page.buf)+len(frame) > cap(l.page.buf) {
 		l.page = &page{buf: make([]byte, 0, size)}
 	}
-	*l.at(l.next) = entry{m, l.page, len(l.page.buf)}
+	*l.at(l.next) = entry{message: m, page: l.page, off: len(l.page.buf)}
 	l.page.buf = append(l.page.buf, frame...)
 	l.next++
 	l.page.next = l.next
@@ -522,7 +523,9 @@ func (l *Log) append(m message) {
 //
 // A gap comes first when the log has missed something for good: when its newest message is not
 // in the list (an empty one was forgotten and says nothing), or when it lacks a message that
-// stands before one it has.
+// stands before one it has. Then the processes disagree on what comes before the messages taken,
+// unless the log was just away for a whole list, and a reader that comes with one of their ids
+// has to be told as well.
 func (l *Log) merge(list []message) (complete bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -552,6 +555,7 @@ func (l *Log) merge(list []message) (complete bool) {
 	}
 	for _, m := range missing {
 		l.add(m)
+		l.at(l.next - 1).unsure = gap && len(list) < ringSize
 	}
 	complete, met = true, len(list) < ringSize // a full list has no room for what is older
 	for pos := l.oldest; pos < l.next; pos++ {
@@ -649,6 +653,8 @@ func (l *Log) find(id string) place {
 	case !l.begun:
 	case id == "":
 		p.cursor, p.known = l.recent(), true
+	case exact && l.at(pos).unsure:
+		p.cursor, p.known = lost, true
 	case exact:
 		p.cursor, p.known = cursor{pos: pos + 1}, true
 	case id == "0":

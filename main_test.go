@@ -946,6 +946,20 @@ func TestLogDoesNotTakeTheOldestForNew(t *testing.T) {
 	}
 }
 
+// Who has a message that was taken behind a gap may have come by it elsewhere, without what the
+// gap stands for.
+func TestLogIsUnsureBehindAGap(t *testing.T) {
+	l := newTestLog(t, 2, numbered(0, 2))
+	l.merge(append(numbered(0, 1), numbered(5, 1)...))
+	l.append(message{testID(6), "line 6"})
+	for id, want := range map[int][]string{1: {"gap", "line 5", "line 6"}, 5: {"gap", "line 5", "line 6"}, 6: nil} {
+		c := l.find(testID(id)).cursor
+		if got := drain(l, &c); !slices.Equal(got, want) {
+			t.Errorf("after message %d: got %q, want %q", id, got, want)
+		}
+	}
+}
+
 // A full list has no room for what is older, so it does not lack it.
 func TestLogAwayForAFullList(t *testing.T) {
 	for _, shared := range []int{0, 1, 100} {
