@@ -1123,7 +1123,7 @@ func (b *broker) dial(ctx context.Context) (redis.Conn, error) {
 // shareKey agrees with the other processes on the key of the cookies: the first one draws it,
 // and whoever holds it puts it back, in case Redis forgot. A key begins with the time at which
 // it was drawn: of two, one of which was drawn while Redis had forgotten the other, the older
-// is the room's.
+// is the room's, and the other processes are made to join again.
 func (b *broker) shareKey(c redis.Conn) error {
 	if b.ownKey {
 		return nil
@@ -1143,7 +1143,8 @@ func (b *broker) shareKey(c redis.Conn) error {
 		b.key = found
 		b.gotKey(found)
 	case found != b.key:
-		_, err = c.Do("SET", name, b.key)
+		c.Send("SET", name, b.key)
+		_, err = c.Do("PUBLISH", b.channel+":probe", rewritten)
 	}
 	return err
 }
@@ -1264,7 +1265,7 @@ func (b *broker) writeList(c redis.Conn, probe string) error {
 }
 
 // rewritten, on the probe channel before the probe of the process that did it, says that the
-// list was written back.
+// list or the key was written back.
 const rewritten = "rewritten "
 
 // upTo returns the list up to the last message with the id, all of it if there is none.

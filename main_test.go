@@ -5,9 +5,18 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	cryptorand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -3427,6 +3436,3307 @@ func TestBadList(t *testing.T) {
 		t.Errorf("from the list: got the messages %q, want %q", ids, want)
 	}
 	newWitness(t, room.url).heard()
+}
+
+// keyOf makes the Idempotency-Key of a message from its name.
+func keyOf(name string) string { return "key-of-message-" + name }
+
+// changes is what the room logged about Redis, one word a line; any other line stands as it is.
+func (r *room) changes() (all []string) {
+	for line := range strings.Lines(r.log.String()) {
+		switch {
+		case strings.Contains(line, "redis is joined"):
+			line = "joined"
+		case strings.Contains(line, "redis is away"):
+			line = "away"
+		}
+		all = append(all, line)
+	}
+	return all
+}
+
+// changed fails unless the room logged just this.
+func (r *room) changed(want ...string) {
+	r.t.Helper()
+	if got := r.changes(); !slices.Equal(got, want) {
+		r.t.Errorf("it logged %q, want %q", got, want)
+	}
+}
+
+// upTo is what the answer says up to a text, which is the last of it; a gap stands as "(gap)".
+func (s *answer) upTo(text string) (lines []string) {
+	s.t.Helper()
+	for {
+		switch e := s.next(patience); e.kind {
+		case "gap":
+			lines = append(lines, "(gap)")
+		case "end":
+			s.t.Fatalf("the stream ended, after %q", lines)
+		case "message":
+			_, line, _ := strings.Cut(e.said(), ": ")
+			lines = append(lines, line)
+			if line == text {
+				return lines
+			}
+		}
+	}
+}
+
+// newcomer is what a reader gets who comes now.
+func (c *client) newcomer() (lines []string) {
+	c.t.Helper()
+	for _, line := range said(c.stream("wait=0", "").until("end")) {
+		_, line, _ = strings.Cut(line, ": ")
+		lines = append(lines, line)
+	}
+	return lines
+}
+
+// healthy tells what /healthz says.
+func (c *client) healthy() bool { return c.get("/healthz").status == 200 }
+
+// refused posts and fails unless the answer is 503 with a time to come back, within limit.
+func (c *client) refused(name string, limit time.Duration) {
+	c.t.Helper()
+	start := time.Now()
+	got := c.do("POST", "/post", form("message", name), "Idempotency-Key: "+keyOf(name))
+	if took := time.Since(start); got.status != 503 || got.header.Get("Retry-After") == "" || took > limit {
+		c.t.Errorf("posting %q: got %d, Retry-After %q after %v, want 503 with one within %v",
+			name, got.status, got.header.Get("Retry-After"), took, limit)
+	}
+}
+
+// TestRedisAway breaks Redis in every way that lasts, under two rooms of which only the first
+// is posted to. Both must say so, keep their readers, and heal when it is mended; then every
+// message is there once, for those who read all the time and for who comes new.
+func TestRedisAway(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name   string
+		breaks func(r *redisServer)
+		mends  func(r *redisServer)
+		room   []string // arguments of the rooms
+		saves  bool     // after the first message
+		mayGap bool     // Redis comes back with less than the rooms hold, but not empty
+	}{
+		{
+			name:   "kill -9 and an empty restart",
+			breaks: (*redisServer).kill,
+			mends:  (*redisServer).start,
+		}, {
+			name: "kill -9 and a restart with its data",
+			breaks: func(r *redisServer) {
+				r.do("CONFIG", "SET", "appendfsync", "always", "appendonly", "yes")
+				eventually(r.t, "the data to be on disk", func() bool {
+					info, _ := redis.String(r.do("INFO", "persistence"), nil)
+					return strings.Contains(info, "aof_rewrite_in_progress:0") && strings.Contains(info, "aof_rewrite_scheduled:0")
+				})
+				r.kill()
+				r.args = append(r.args, "--appendonly", "yes")
+			},
+			mends: (*redisServer).start,
+		}, {
+			name:   "a restart from an older snapshot",
+			breaks: (*redisServer).kill,
+			mends:  (*redisServer).start,
+			saves:  true,
+			mayGap: true,
+		}, {
+			name:   "it stands still",
+			breaks: func(r *redisServer) { r.signal("STOP") },
+			mends:  func(r *redisServer) { r.signal("CONT") },
+		}, {
+			name: "a script that does not end",
+			breaks: func(r *redisServer) {
+				r.do("CONFIG", "SET", "busy-reply-threshold", "100")
+				go r.try("EVAL", "while true do end", 0)
+				eventually(r.t, "Redis to be busy", func() bool {
+					_, err := r.try("PING")
+					return err != nil
+				})
+			},
+			mends: func(r *redisServer) { r.do("SCRIPT", "KILL") },
+		}, {
+			name:   "writes are paused, as before a failover",
+			breaks: func(r *redisServer) { r.do("CLIENT", "PAUSE", 60000, "WRITE") },
+			mends:  func(r *redisServer) { r.do("CLIENT", "UNPAUSE") },
+		}, {
+			name:   "the list is a string (WRONGTYPE)",
+			breaks: func(r *redisServer) { r.do("SET", "chat:history", "x") },
+			mends:  func(r *redisServer) { r.do("DEL", "chat:history") },
+		}, {
+			name:   "no memory left (OOM)",
+			breaks: func(r *redisServer) { r.do("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1") },
+			mends:  func(r *redisServer) { r.do("CONFIG", "SET", "maxmemory", "0") },
+		}, {
+			name:   "no memory left (OOM), with a key that is not in Redis",
+			breaks: func(r *redisServer) { r.do("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1") },
+			mends:  func(r *redisServer) { r.do("CONFIG", "SET", "maxmemory", "0") },
+			room:   []string{"CHAT_KEY=one of our own"},
+		}, {
+			name:   "a replica that lost its primary and still answers PING (READONLY)",
+			breaks: func(r *redisServer) { r.do("REPLICAOF", "127.0.0.1", "1") },
+			mends:  func(r *redisServer) { r.do("REPLICAOF", "NO", "ONE") },
+		}, {
+			name: "another password, and everybody out",
+			breaks: func(r *redisServer) {
+				r.do("CONFIG", "SET", "requirepass", "geheim")
+				r.password = "geheim"
+				r.do("CLIENT", "KILL", "TYPE", "normal")
+				r.do("CLIENT", "KILL", "TYPE", "pubsub")
+			},
+			mends: func(r *redisServer) {
+				r.do("CONFIG", "SET", "requirepass", "")
+				r.password = ""
+			},
+		}, {
+			name:   "the channel is forbidden (ACL)",
+			breaks: func(r *redisServer) { r.do("ACL", "SETUSER", "default", "resetchannels") },
+			mends:  func(r *redisServer) { r.do("ACL", "SETUSER", "default", "allchannels") },
+		}, {
+			name:   "the list is forbidden (ACL)",
+			breaks: func(r *redisServer) { r.do("ACL", "SETUSER", "default", "resetkeys") },
+			mends:  func(r *redisServer) { r.do("ACL", "SETUSER", "default", "allkeys") },
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			r := startRedis(t)
+			one, two := r.room(test.room...), r.room(test.room...)
+			c := newClient(t, one.url).login("小明")
+			atOne, atTwo := c.stream("", ""), c.at(two.url).stream("", "")
+			c.say("one")
+			if test.saves {
+				r.do("SAVE")
+			}
+			c.say("two")
+			atOne.hears("小明: one", "小明: two")
+			atTwo.hears("小明: one", "小明: two")
+
+			test.breaks(r)
+			c.refused("three", 5*time.Second)
+			eventually(t, "the room that was posted to to say that Redis is away", func() bool { return !c.healthy() })
+			eventually(t, "the other room to say so", func() bool { return !c.at(two.url).healthy() })
+			for _, c := range []*client{c, c.at(two.url)} {
+				c.refused("never", time.Second) // at once: it knows
+				if got := c.get("/healthz"); got.status != 503 || len(strings.TrimSpace(got.body)) < 10 || got.header.Get("Retry-After") == "" {
+					t.Errorf("/healthz says %d %q, want 503, why, and Retry-After", got.status, got.body)
+				}
+				if got := c.newcomer(); len(got) < 2 || got[0] != "one" || got[1] != "two" {
+					t.Errorf("while Redis is away a newcomer gets %q, want what was said", got)
+				}
+			}
+
+			test.mends(r)
+			eventually(t, "the rooms to heal", func() bool { return c.healthy() && c.at(two.url).healthy() })
+			for range 2 {
+				for _, c := range []*client{c, c.at(two.url)} {
+					if got := c.postKey(keyOf("three"), "three"); got != 204 {
+						t.Errorf("posting it again: got %d, want 204", got)
+					}
+				}
+			}
+			c.at(two.url).say("four")
+			for i, s := range []*answer{atOne, atTwo} {
+				got := s.upTo("four")
+				if test.mayGap && got[0] == "(gap)" {
+					got = got[1:]
+				}
+				if !slices.Equal(got, []string{"three", "four"}) {
+					t.Errorf("reader %d was told %q, want three and four", i+1, got)
+				}
+			}
+			three := r.room()
+			for _, room := range []*room{one, two, three} {
+				if got := c.at(room.url).newcomer(); !slices.Equal(got, []string{"one", "two", "three", "four"}) {
+					t.Errorf("afterwards a newcomer gets %q, want all four", got)
+				}
+			}
+			one.changed("joined", "away", "joined")
+			two.changed("joined", "away", "joined")
+		})
+	}
+}
+
+// TestRedisNotYet starts a room on a Redis that cannot be used yet.
+func TestRedisNotYet(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name   string
+		url    string // %s is host and port
+		breaks func(r *redisServer)
+		mends  func(r *redisServer)
+	}{
+		{
+			name:   "it does not run",
+			breaks: (*redisServer).kill,
+			mends:  (*redisServer).start,
+		}, {
+			name:   "a wrong password",
+			url:    "redis://:geheim@%s",
+			breaks: func(r *redisServer) { r.do("CONFIG", "SET", "requirepass", "other"); r.password = "other" },
+			mends:  func(r *redisServer) { r.do("CONFIG", "SET", "requirepass", "geheim") },
+		}, {
+			name:   "a missing password",
+			breaks: func(r *redisServer) { r.do("CONFIG", "SET", "requirepass", "geheim"); r.password = "geheim" },
+			mends:  func(r *redisServer) { r.do("CONFIG", "SET", "requirepass", "") },
+		}, {
+			name: "a user who may not use the channel",
+			url:  "redis://teacher:geheim@%s",
+			breaks: func(r *redisServer) {
+				r.do("ACL", "SETUSER", "teacher", "on", ">geheim", "allkeys", "allcommands", "resetchannels", "&chat")
+			},
+			mends: func(r *redisServer) { r.do("ACL", "SETUSER", "teacher", "&chat:*") },
+		}, {
+			name:   "a read-only replica",
+			breaks: func(r *redisServer) { r.do("REPLICAOF", "127.0.0.1", "1") },
+			mends:  func(r *redisServer) { r.do("REPLICAOF", "NO", "ONE") },
+		}, {
+			name:   "the list is a string",
+			breaks: func(r *redisServer) { r.do("SET", "chat:history", "x") },
+			mends:  func(r *redisServer) { r.do("DEL", "chat:history") },
+		}, {
+			name:   "the key is a list",
+			breaks: func(r *redisServer) { r.do("RPUSH", "chat:key", "x") },
+			mends:  func(r *redisServer) { r.do("DEL", "chat:key") },
+		}, {
+			name:   "the key is empty",
+			breaks: func(r *redisServer) { r.do("SET", "chat:key", "") },
+			mends:  func(r *redisServer) { r.do("DEL", "chat:key") },
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			r := startRedis(t)
+			test.breaks(r)
+			url := r.addr
+			if test.url != "" {
+				url = fmt.Sprintf(test.url, r.addr)
+			}
+			room := startRoom(t, "-redis", url)
+			c := newClient(t, room.url)
+			early := c.stream("", "")
+			eventually(t, "it to say so once", func() bool { return slices.Equal(room.changes(), []string{"away"}) })
+			c.refused("early", time.Second)
+			if c.healthy() {
+				t.Error("/healthz is 200")
+			}
+			time.Sleep(time.Second) // for attempts that must not be logged
+			room.changed("away")
+			if strings.Contains(room.log.String()+room.out.String()+c.get("/healthz").body, "geheim") {
+				t.Errorf("the password is told: %s", room.log.String())
+			}
+			test.mends(r)
+			room.joined()
+			c.say("hello")
+			if got := early.upTo("hello"); len(got) != 1 {
+				t.Errorf("who came before Redis was told %q, want hello", got)
+			}
+			room.changed("away", "joined")
+		})
+	}
+}
+
+// TestRedisHiccups disturbs Redis in ways that pass by themselves, while both rooms are posted
+// to with retries. No reader may notice.
+func TestRedisHiccups(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name    string
+		disturb func(r *redisServer)
+		mayGap  bool // a room may find the list without its newest message, and new ones in it
+	}{
+		{"FLUSHALL", func(r *redisServer) { r.do("FLUSHALL") }, true},
+		{"the list is deleted", func(r *redisServer) { r.do("DEL", "chat:history") }, true},
+		{"the list is cut", func(r *redisServer) { r.do("LTRIM", "chat:history", -2, -1) }, true},
+		{"CLIENT KILL TYPE pubsub", func(r *redisServer) { r.do("CLIENT", "KILL", "TYPE", "pubsub") }, false},
+		{"CLIENT KILL TYPE normal", func(r *redisServer) { r.do("CLIENT", "KILL", "TYPE", "normal") }, false},
+		{"both", func(r *redisServer) {
+			r.do("CLIENT", "KILL", "TYPE", "normal")
+			r.do("CLIENT", "KILL", "TYPE", "pubsub")
+		}, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			r := startRedis(t)
+			one, two := r.room(), r.room()
+			c := newClient(t, one.url)
+			atOne, atTwo := c.stream("", ""), c.at(two.url).stream("", "")
+			const each = 40
+			var writers sync.WaitGroup
+			for i, c := range []*client{c, c.at(two.url)} {
+				writers.Go(func() {
+					for n := range each {
+						if i == 0 && n == each/2 {
+							test.disturb(r)
+						}
+						c.insist(fmt.Sprintf("%d-%02d", i, n))
+					}
+				})
+			}
+			writers.Wait()
+			eventually(t, "both rooms to be joined", func() bool { return c.healthy() && c.at(two.url).healthy() })
+			c.insist("last-but-one")
+			c.at(two.url).insist("last")
+			want := atOne.upTo("last")
+			got := atTwo.upTo("last")
+			if test.mayGap {
+				want, got = withoutGap(want), withoutGap(got)
+			}
+			if len(want) != 2*each+2 || !distinct(want) {
+				t.Errorf("a reader was told %q, want each of %d messages once", want, 2*each+2)
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("at the other room it was %q, want %q", got, want)
+			}
+			eventually(t, "the list to be whole again", func() bool { return len(r.history()) >= len(want) })
+			if got := c.at(r.room().url).newcomer(); !slices.Equal(got, want) {
+				t.Errorf("at a new room it is %q, want %q", got, want)
+			}
+			for _, room := range []*room{one, two} {
+				for i, change := range room.changes() {
+					if want := []string{"joined", "away"}[i%2]; change != want {
+						t.Errorf("line %d of its log is %q, want %q", i, change, want)
+					}
+				}
+			}
+		})
+	}
+}
+
+func withoutGap(lines []string) []string {
+	return slices.DeleteFunc(lines, func(line string) bool { return line == "(gap)" })
+}
+
+func distinct(lines []string) bool {
+	sorted := slices.Sorted(slices.Values(lines))
+	return len(slices.Compact(sorted)) == len(lines)
+}
+
+// TestAwayForLong cuts one room off for as many messages as everybody remembers, and for one
+// more.
+func TestAwayForLong(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name   string
+		missed int
+		gap    bool
+	}{
+		{"for 4095 messages, all of which it gets", 4095, false},
+		{"for 4096, so that it cannot know what it missed", 4096, true},
+		{"for 6000", 6000, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			r := startRedis(t)
+			line := newRelay(t, r.addr)
+			cutOff, other := startRoom(t, "-redis", line.addr, "-history", "4096").joined(), r.room("-history", "4096")
+			c := newClient(t, other.url)
+			s := c.at(cutOff.url).stream("", "")
+			c.say("before")
+			s.hears("anonymous: before")
+			line.cut()
+			eventually(t, "the room to see that it is cut off", func() bool { return !c.at(cutOff.url).healthy() })
+			var writers sync.WaitGroup
+			for i := range 8 {
+				writers.Go(func() {
+					for n := i; n < test.missed; n += 8 {
+						c.say(strconv.Itoa(n))
+					}
+				})
+			}
+			writers.Wait()
+			line.mend()
+			cutOff.joined()
+			c.say("after")
+			got := s.upTo("after")
+			if gap := slices.Index(got, "(gap)"); gap > 0 || (gap == 0) != test.gap {
+				t.Errorf("the gap is event %d of what it was told, want it first (0) or, without loss, none (-1)", gap)
+			}
+			got = withoutGap(got)
+			if len(got) < min(test.missed, 4096) || !distinct(got) {
+				t.Errorf("it was told %d messages, want the %d that are remembered", len(got), min(test.missed, 4096))
+			}
+			cutOff.changed("joined", "away", "joined")
+		})
+	}
+}
+
+// TestStoppedForManyMegabytes stops a process until Redis gives up on its subscription.
+func TestStoppedForManyMegabytes(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	r.do("CONFIG", "SET", "client-output-buffer-limit", "pubsub 100kb 100kb 1")
+	stopped, other := startProcess(t, "-redis", r.addr).joined(), r.room()
+	c := newClient(t, other.url)
+	s := c.at(stopped.url).stream("", "")
+	c.say("before")
+	s.hears("anonymous: before")
+	subscribers := func() int {
+		list, _ := redis.String(r.do("CLIENT", "LIST", "TYPE", "pubsub"), nil)
+		return strings.Count(list, "\n")
+	}
+	stopped.signal("STOP")
+	text, n := strings.Repeat("字", 3990), 0
+	for ; n < 900 || subscribers() > 1; n++ { // 10 MB at least
+		if n == 4000 {
+			t.Fatal("Redis keeps the subscription after 48 MB")
+		}
+		eventually(t, "the other room to take it", func() bool {
+			return c.postKey(keyOf(strconv.Itoa(n)), fmt.Sprintf("%d %s", n, text)) == 204
+		})
+	}
+	stopped.signal("CONT")
+	c.insist("after")
+	got := s.upTo("after")
+	for i, line := range got[:len(got)-1] {
+		if number, _, _ := strings.Cut(line, " "); number != strconv.Itoa(i) {
+			t.Fatalf("message %d after it went on is %.20q", i, line)
+		}
+	}
+	if len(got) != n+1 {
+		t.Errorf("after it went on its reader got %d messages, want %d", len(got), n+1)
+	}
+	stopped.joined()
+	stopped.changed("joined", "away", "joined")
+}
+
+// TestFullHistory joins a Redis that holds as much as it can: more than Redis keeps ready for a
+// subscriber by default.
+func TestFullHistory(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	r.do("EVAL", `local text = string.rep("😀", 4000)
+		for i = 1, 4096 do
+			redis.call("RPUSH", KEYS[1], string.format("drawn-by-the-test-%04d [12:00:00] x: %s", i, text))
+		end`, 1, "chat:history")
+	room := r.room()
+	c := newClient(t, room.url)
+	c.say("one more")
+	if got := c.newcomer(); len(got) != 200 || got[199] != "one more" {
+		t.Errorf("a newcomer gets %d messages, want 200 up to the newest", len(got))
+	}
+	room.changed("joined")
+}
+
+// TestLateAttempts has three rooms try the same message on a Redis that stands still. When it
+// goes on all the attempts run, and the message is there once.
+func TestLateAttempts(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	var at []*client
+	var streams []*answer
+	c := newClient(t, "")
+	for range 3 {
+		at = append(at, c.at(r.room().url))
+		streams = append(streams, at[len(at)-1].stream("", ""))
+	}
+	at[0].say("before")
+	r.signal("STOP")
+	var posts sync.WaitGroup
+	for _, c := range at {
+		for range 3 {
+			posts.Go(func() { c.refused("late", 5*time.Second) })
+		}
+	}
+	posts.Wait()
+	r.signal("CONT")
+	eventually(t, "the late attempts to run", func() bool {
+		n := 0
+		for _, line := range r.history() {
+			if strings.HasPrefix(line, keyOf("late")) {
+				n++
+			}
+		}
+		return n > 1
+	})
+	for _, c := range at {
+		eventually(t, "the room to heal", c.healthy)
+		if got := c.postKey(keyOf("late"), "late"); got != 204 {
+			t.Errorf("the attempt after that: got %d, want 204", got)
+		}
+	}
+	at[1].say("after")
+	for i, s := range streams {
+		if got := s.upTo("after"); !slices.Equal(got, []string{"before", "late", "after"}) {
+			t.Errorf("at room %d it was %q, want each once", i, got)
+		}
+	}
+	if got := c.at(r.room().url).newcomer(); !slices.Equal(got, []string{"before", "late", "after"}) {
+		t.Errorf("at a new room it is %q, want each once", got)
+	}
+}
+
+// TestAnswerOfExecLost breaks a room's connections to Redis when EXEC has run and before its
+// answer is back.
+func TestAnswerOfExecLost(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	line := newRelay(t, r.addr)
+	room := startRoom(t, "-redis", line.addr).joined()
+	c := newClient(t, room.url)
+	s := c.stream("", "")
+	c.say("before")
+	line.breakAfter(keyOf("lost"))
+	c.refused("lost", 5*time.Second)
+	eventually(t, "EXEC to have run", func() bool { return len(r.history()) == 2 })
+	eventually(t, "the room to join again", c.healthy)
+	for range 2 {
+		if got := c.postKey(keyOf("lost"), "lost"); got != 204 {
+			t.Errorf("the second attempt: got %d, want 204", got)
+		}
+	}
+	c.say("after")
+	if got := s.upTo("after"); !slices.Equal(got, []string{"before", "lost", "after"}) {
+		t.Errorf("its reader was told %q, want each once", got)
+	}
+	if got := len(r.history()); got != 3 {
+		t.Errorf("the list holds %d lines, want 3", got)
+	}
+	room.changed("joined", "away", "joined")
+}
+
+// TestForgottenWhileCutOff has one room cut off while another takes a message, and Redis come
+// back empty to the first alone. Nobody may miss that message, or not be told.
+func TestForgottenWhileCutOff(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	toOne, toTwo := newRelay(t, r.addr), newRelay(t, r.addr)
+	one := newClient(t, startRoom(t, "-redis", toOne.addr).joined().url)
+	two := one.at(startRoom(t, "-redis", toTwo.addr).joined().url)
+	stays, other := one.stream("", ""), two.stream("", "")
+	one.say("before")
+	toOne.hold()
+	two.say("missed")
+	other.upTo("missed")
+	r.kill()
+	toTwo.cut()
+	toOne.cut()
+	toOne.release()
+	r.start()
+	toOne.mend()
+	one.insist("new")
+	if got := stays.upTo("new"); !slices.Equal(got, []string{"before", "new"}) {
+		t.Errorf("at the first room it is %q, want before and new", got)
+	}
+	toTwo.mend()
+	eventually(t, "the second room to be back", two.healthy)
+	goesOver := two.stream("", keyOf("new"))
+	eventually(t, "the first room to have it all", func() bool { return slices.Contains(one.newcomer(), "missed") })
+	two.insist("after")
+	if got := withoutGap(stays.upTo("after")); !slices.Equal(got, []string{"missed", "after"}) {
+		t.Errorf("a reader who stayed at the first room got %q, want missed and after", got)
+	}
+	if got := goesOver.upTo("after"); !slices.Contains(got, "missed") || len(got) > 2 && got[0] != "(gap)" {
+		t.Errorf("a reader who went to the second room got %q, want missed and after, with more only behind a gap", got)
+	}
+	if got := withoutGap(other.upTo("after")); !slices.Equal(got, []string{"new", "after"}) {
+		t.Errorf("a reader of the second room got %q, want new and after", got)
+	}
+	for _, c := range []*client{one, two, one.at(r.room().url)} {
+		if got := slices.Sorted(slices.Values(c.newcomer())); !slices.Equal(got, []string{"after", "before", "missed", "new"}) {
+			t.Errorf("a newcomer gets %q, want all four", got)
+		}
+	}
+}
+
+// TestKeyDrawnTwice starts a process on a Redis that forgot the key of the cookies, while the
+// one that knows it is cut off. Sessions of before must hold everywhere once it is back.
+func TestKeyDrawnTwice(t *testing.T) {
+	t.Parallel()
+	for _, spoken := range []bool{true, false} {
+		r := startRedis(t)
+		line := newRelay(t, r.addr)
+		one := startRoom(t, "-redis", line.addr).joined()
+		early := newClient(t, one.url).login("early")
+		if spoken {
+			early.say("one")
+		}
+		line.cut()
+		r.kill()
+		r.start()
+		two := r.room()
+		newClient(t, two.url).login("late")
+		line.mend()
+		eventually(t, "the first process to be back", func() bool { return early.attempt("back") == 204 })
+		eventually(t, fmt.Sprintf("its session to hold at the other (something was said: %v)", spoken), func() bool {
+			return early.at(two.url).attempt("over") == 204
+		})
+		newClient(t, two.url).login("later").at(one.url).insist("over-again")
+	}
+}
+
+// TestOneOfThreeKilled kills a process; its reader and its writer go to the others.
+func TestOneOfThreeKilled(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	var at []*client
+	var rooms []*room
+	c := newClient(t, "")
+	for range 3 {
+		room := startProcess(t, "-redis", r.addr).joined()
+		rooms, at = append(rooms, room), append(at, c.at(room.url))
+	}
+	at[0].login("小明")
+	hopping := at[0].stream("", "")
+	at[0].postKey(keyOf("one"), "one")
+	last := hopping.message().id
+	rooms[0].kill()
+	hopping.until("end")
+	for i, c := range at[1:] {
+		if got := c.postKey(keyOf("one"), "one"); got != 204 {
+			t.Errorf("sending it again to process %d: got %d, want 204", i+1, got)
+		}
+		c.say("two", "three")
+		s := c.stream("", last)
+		s.hears("小明: two")
+		last = s.message().id
+	}
+}
+
+// TestTerminatedWhilePosting sends SIGTERM while twenty writers post. What was answered 204 is
+// in the room; what was not is sent again to another process, and then is there once as well.
+func TestTerminatedWhilePosting(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	other := newClient(t, r.room("-history", "4096").url)
+	for round := range 3 {
+		p := startProcess(t, "-redis", r.addr).joined()
+		c := newClient(t, p.url)
+		c.stream("", "").until("ping")
+		var accepted, again atomic.Int64
+		var writers sync.WaitGroup
+		for i := range 20 {
+			writers.Go(func() {
+				for n := 0; ; n++ {
+					name := fmt.Sprintf("%d-%d-%d", round, i, n)
+					if got := c.attempt(name); got == 204 {
+						accepted.Add(1)
+						continue
+					} else if got != 503 && got != 0 {
+						t.Errorf("a post at shutdown: got %d, want 503 or no answer", got)
+					}
+					again.Add(1)
+					if got := other.postKey(keyOf(name), name); got != 204 {
+						t.Errorf("sending it again to another process: got %d, want 204", got)
+					}
+					return
+				}
+			})
+		}
+		eventually(t, "messages to flow", func() bool { return accepted.Load() > 100 })
+		p.signal("TERM")
+		if err := p.wait(time.Second); err != nil {
+			t.Errorf("SIGTERM in the middle of posts: %v, want exit status 0 within a second", err)
+		}
+		writers.Wait()
+		var got []string
+		for _, line := range other.newcomer() {
+			if strings.HasPrefix(line, fmt.Sprint(round)) {
+				got = append(got, line)
+			}
+		}
+		if want := int(accepted.Load() + again.Load()); len(got) != want || !distinct(got) {
+			t.Errorf("the room holds %d messages, want the %d accepted and the %d sent again, each once",
+				len(got), accepted.Load(), again.Load())
+		}
+		p.changed("joined")
+	}
+}
+
+// attempt posts and returns the status, 0 when there is no answer.
+func (c *client) attempt(name string) int {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	resp, err := c.send(ctx, "POST", "/post", form("message", name), "Idempotency-Key: "+keyOf(name))
+	if err != nil {
+		return 0
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// insist posts under the same key until the room takes it.
+func (c *client) insist(name string) {
+	c.t.Helper()
+	eventually(c.t, "the room to take "+name, func() bool { return c.attempt(name) == 204 })
+}
+
+// A relay passes bytes between clients and a server, and does to them what networks do.
+type relay struct {
+	addr, target string
+
+	mu    sync.Mutex
+	conns map[net.Conn]bool
+	off   bool          // it takes no connections
+	late  bool          // it passes on an answer only when that has ended
+	held  chan struct{} // when not nil, nothing passes until this is closed
+	word  []byte        // when not nil, a request that holds this makes it deaf
+	deaf  bool          // the next bytes of the server end all connections instead
+}
+
+// newRelay starts one that passes everything on.
+func newRelay(t testing.TB, target string) *relay {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &relay{addr: l.Addr().String(), target: target, conns: map[net.Conn]bool{}}
+	t.Cleanup(func() {
+		l.Close()
+		r.release()
+		r.cut()
+	})
+	go func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go r.pass(client)
+		}
+	}()
+	return r
+}
+
+// cut ends all connections; new ones are ended at once, until mend.
+func (r *relay) cut() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.off = true
+	for c := range r.conns {
+		c.Close()
+	}
+}
+
+func (r *relay) mend() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.off = false
+}
+
+// hold lets nothing pass, and no end of a connection either, until release.
+func (r *relay) hold() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.held = make(chan struct{})
+}
+
+func (r *relay) release() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.held != nil {
+		close(r.held)
+		r.held = nil
+	}
+}
+
+// holdBack has answers pass only when they have ended.
+func (r *relay) holdBack() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.late = true
+}
+
+// open counts the clients.
+func (r *relay) open() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.conns) / 2
+}
+
+// breakAfter ends all connections once, when word has gone to the server and its answer comes.
+func (r *relay) breakAfter(word string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.word = []byte(word)
+}
+
+// keep takes note of a connection, or ends it.
+func (r *relay) keep(c net.Conn) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.off {
+		c.Close()
+		return false
+	}
+	r.conns[c] = true
+	return true
+}
+
+func (r *relay) drop(c net.Conn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.conns, c)
+	c.Close()
+}
+
+func (r *relay) pass(client net.Conn) {
+	if !r.keep(client) {
+		return
+	}
+	defer r.drop(client)
+	server, err := net.Dial("tcp", r.target)
+	if err != nil || !r.keep(server) {
+		return
+	}
+	defer r.drop(server)
+	go func() {
+		defer client.Close()
+		r.copy(client, server, true)
+	}()
+	r.copy(server, client, false)
+}
+
+// copy passes on what comes from a side until that ends.
+func (r *relay) copy(to, from net.Conn, answer bool) {
+	var kept []byte
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buf)
+		passes, late := r.lets(buf[:n], answer)
+		if !passes {
+			return
+		}
+		kept = append(kept, buf[:n]...)
+		if err == nil && late {
+			continue
+		}
+		if _, failed := to.Write(kept); err != nil || failed != nil {
+			return
+		}
+		kept = kept[:0]
+	}
+}
+
+// lets waits while the relay is held, and reports whether these bytes may pass, and whether
+// only with all that follows.
+func (r *relay) lets(chunk []byte, answer bool) (passes, late bool) {
+	r.mu.Lock()
+	held := r.held
+	if !answer && r.word != nil && bytes.Contains(chunk, r.word) {
+		r.word, r.deaf = nil, true
+	}
+	breaks := answer && r.deaf && len(chunk) > 0
+	if breaks {
+		r.deaf = false
+		for c := range r.conns {
+			c.Close()
+		}
+	}
+	late = answer && r.late
+	r.mu.Unlock()
+	if held != nil {
+		<-held
+	}
+	return !breaks, late
+}
+
+// TestMixedFaults has three processes of the room on one Redis, six writers that send each
+// message until it is accepted, and thirty readers that go from process to process with the
+// last id they got, while Redis and the processes are killed, stopped and cut off. Every reader
+// must get every accepted message once; after a gap it may get again what it had.
+//
+// CHAT_MIXED sets how long, such as 10m; CHAT_SEED repeats the choices of an earlier run.
+func TestMixedFaults(t *testing.T) {
+	t.Parallel()
+	length := 15 * time.Second
+	if os.Getenv("CI") == "true" {
+		length = time.Minute
+	}
+	if testing.Short() {
+		length = 3 * time.Second
+	}
+	if text := os.Getenv("CHAT_MIXED"); text != "" {
+		var err error
+		if length, err = time.ParseDuration(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seed := rand.Uint64()
+	if text := os.Getenv("CHAT_SEED"); text != "" {
+		var err error
+		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, test := range []struct {
+		name  string
+		keeps bool
+		args  []string // of redis-server
+	}{
+		{"Redis keeps its data", true, []string{"--appendonly", "yes", "--appendfsync", "always"}},
+		{"Redis comes back empty", false, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			t.Logf("CHAT_SEED=%d", seed)
+			m := newMix(t, seed, startRedis(t, test.args...), test.keeps)
+			m.run(length)
+			m.judge()
+		})
+	}
+}
+
+// A mix is a room of three processes under faults, with those who write and read in it.
+type mix struct {
+	t     *testing.T
+	rand  *rand.Rand // of the faults; writers and readers have their own
+	redis *redisServer
+	keeps bool // Redis comes back with its data
+
+	writers []*mixWriter
+	readers []*mixReader
+	ctx     context.Context // ends the readers
+	cancel  context.CancelFunc
+	reading sync.WaitGroup
+	over    atomic.Bool // the writers finish their message and stop
+
+	mu       sync.Mutex
+	rooms    []*room  // the processes
+	accepted []string // ids, each answered with 204
+
+	refused, unanswered, reconnects, faults atomic.Int64
+}
+
+func newMix(t *testing.T, seed uint64, r *redisServer, keeps bool) *mix {
+	m := &mix{t: t, rand: rand.New(rand.NewPCG(seed, 0)), redis: r, keeps: keeps}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	t.Cleanup(func() {
+		m.cancel()
+		m.reading.Wait()
+	})
+	// The list is full, so that from the first message on the oldest ones are forgotten.
+	r.do("EVAL", `for i = 1, 4096 do
+		redis.call("RPUSH", KEYS[1], string.format("drawn-by-the-test-%04d [12:00:00] x: %d", i, i))
+	end`, 1, "chat:history")
+	m.rooms = make([]*room, 3)
+	for i := range m.rooms {
+		m.startRoom(i)
+		m.rooms[i].joined()
+	}
+	for i := range 6 {
+		m.writers = append(m.writers, &mixWriter{m, i, rand.New(rand.NewPCG(seed, uint64(100+i))),
+			newClient(t, m.rooms[0].url).login(fmt.Sprintf("writer %d", i))})
+	}
+	for i := range 30 {
+		m.readers = append(m.readers, &mixReader{mix: m, rand: rand.New(rand.NewPCG(seed, uint64(200+i))),
+			fresh: map[string]bool{}, ever: map[string]bool{}})
+	}
+	return m
+}
+
+func (m *mix) startRoom(i int) {
+	p := startProcess(m.t, "-redis", m.redis.addr, "-history", "4096")
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.rooms[i] = p
+}
+
+// anyURL is the address of a process, which may be gone.
+func (m *mix) anyURL(r *rand.Rand) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.rooms[r.IntN(len(m.rooms))].url
+}
+
+// run lets everybody write and read, and Redis and the processes suffer, for that long; then
+// everything is whole again and the writers finish.
+func (m *mix) run(length time.Duration) {
+	var writing sync.WaitGroup
+	for _, r := range m.readers {
+		m.reading.Go(r.run)
+	}
+	for _, w := range m.writers {
+		writing.Go(w.run)
+	}
+	for start := time.Now(); time.Since(start) < length; {
+		m.pause(200*time.Millisecond, 1500*time.Millisecond)
+		if !m.keeps {
+			m.whole() // what Redis forgets, two processes must hold, since one may be killed with it
+		}
+		m.disturb()
+	}
+	m.over.Store(true)
+	writing.Wait()
+}
+
+// whole waits until every process is joined.
+func (m *mix) whole() {
+	for _, p := range m.rooms {
+		p.joined()
+	}
+}
+
+func (m *mix) pause(low, high time.Duration) { time.Sleep(low + rand.N(high-low)) }
+
+// disturb does something to Redis, or to a process, or to both at a time.
+func (m *mix) disturb() {
+	var ends []func()
+	what := m.rand.IntN(3)
+	if what != 0 {
+		ends = append(ends, m.disturbRedis())
+	}
+	if what != 1 {
+		m.pause(0, 500*time.Millisecond)
+		ends = append(ends, m.disturbRoom(m.rand.IntN(len(m.rooms))))
+	}
+	m.rand.Shuffle(len(ends), func(i, j int) { ends[i], ends[j] = ends[j], ends[i] })
+	for _, end := range ends {
+		m.pause(0, 2500*time.Millisecond)
+		end()
+	}
+	m.faults.Add(int64(len(ends)))
+}
+
+func (m *mix) disturbRedis() (end func()) {
+	switch n := m.rand.IntN(7); {
+	case n < 3:
+		m.redis.kill()
+		return m.redis.start
+	case n == 3:
+		m.redis.signal("STOP")
+		return func() { m.redis.signal("CONT") }
+	case n == 4 && !m.keeps:
+		m.redis.do("FLUSHALL")
+	case n == 5:
+		m.redis.do("CLIENT", "KILL", "TYPE", "normal")
+	default:
+		m.redis.do("CLIENT", "KILL", "TYPE", "pubsub")
+	}
+	return func() {}
+}
+
+func (m *mix) disturbRoom(i int) (end func()) {
+	switch m.rand.IntN(4) {
+	case 0, 1:
+		m.rooms[i].kill()
+		return func() { m.startRoom(i) }
+	case 2:
+		m.rooms[i].stop()
+		return func() { m.startRoom(i) }
+	default:
+		m.rooms[i].signal("STOP")
+		return func() { m.rooms[i].signal("CONT") }
+	}
+}
+
+// A mixWriter sends each of its messages until it is accepted.
+type mixWriter struct {
+	*mix
+	number int
+	rand   *rand.Rand
+	client *client
+}
+
+func (w *mixWriter) run() {
+	for n := 0; !w.over.Load(); n++ {
+		id := fmt.Sprintf("message-%d-%06d", w.number, n)
+		for start := time.Now(); !w.send(id); time.Sleep(50*time.Millisecond + w.pause()) {
+			if time.Since(start) > time.Minute {
+				w.t.Errorf("%s is not accepted for a minute", id)
+				return
+			}
+		}
+		w.mu.Lock()
+		w.accepted = append(w.accepted, id)
+		w.mu.Unlock()
+		time.Sleep(20*time.Millisecond + w.pause()/4)
+	}
+}
+
+func (w *mixWriter) pause() time.Duration { return time.Duration(w.rand.IntN(150)) * time.Millisecond }
+
+func (w *mixWriter) send(id string) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Second)
+	defer cancel()
+	c := w.client.at(w.anyURL(w.rand))
+	resp, err := c.send(ctx, "POST", "/post", form("message", id), "Idempotency-Key: "+id)
+	if err != nil {
+		w.unanswered.Add(1)
+		return false
+	}
+	resp.Body.Close()
+	switch resp.StatusCode {
+	case 204:
+		return true
+	case 503:
+		w.refused.Add(1)
+	default:
+		w.t.Errorf("%s at %s: got %d, want 204 or 503", id, c.url, resp.StatusCode)
+	}
+	return false
+}
+
+// A mixReader reads at one process for a while, then goes on at another.
+type mixReader struct {
+	*mix
+	rand *rand.Rand
+
+	mu      sync.Mutex
+	last    string          // id to go on after
+	order   []string        // what it got; a gap is "gap"
+	fresh   map[string]bool // what it got since the last gap
+	ever    map[string]bool // what it got at all
+	doubled []string
+}
+
+func (r *mixReader) run() {
+	for r.ctx.Err() == nil {
+		r.visit(r.anyURL(r.rand))
+	}
+}
+
+// visit reads at one process until it ends, or for at most three seconds.
+func (r *mixReader) visit(url string) {
+	stay := time.Duration(50+r.rand.IntN(3000)) * time.Millisecond
+	ctx, cancel := context.WithTimeout(r.ctx, stay)
+	defer cancel()
+	req, _ := http.NewRequestWithContext(ctx, "GET", url+"/stream", nil)
+	if r.last != "" {
+		req.Header.Set("Last-Event-ID", r.last)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err == nil {
+		defer resp.Body.Close()
+	}
+	if err != nil || resp.StatusCode != 200 {
+		time.Sleep(time.Duration(50+r.rand.IntN(200)) * time.Millisecond)
+		return
+	}
+	r.reconnects.Add(1)
+	in := &eventReader{in: bufio.NewReader(resp.Body)}
+	for {
+		e, err := in.next()
+		if err != nil {
+			return
+		}
+		r.got(e)
+	}
+}
+
+func (r *mixReader) got(e event) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.last = cmp.Or(e.id, r.last)
+	switch e.kind {
+	case "gap":
+		r.order = append(r.order, "gap")
+		clear(r.fresh)
+	case "message":
+		if !strings.HasPrefix(e.id, "message-") {
+			return // was there before
+		}
+		if r.fresh[e.id] {
+			r.doubled = append(r.doubled, e.id)
+		}
+		r.order = append(r.order, e.id)
+		r.fresh[e.id], r.ever[e.id] = true, true
+	}
+}
+
+// lost returns which of these the reader did not get.
+func (r *mixReader) lost(ids []string) (lost []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, id := range ids {
+		if !r.ever[id] {
+			lost = append(lost, id)
+		}
+	}
+	return lost
+}
+
+// judge waits until all readers have everything, and says what they have not, or twice.
+func (m *mix) judge() {
+	deadline := time.Now().Add(patience)
+	lost, doubled, gaps := 0, 0, 0
+	var order []string
+	for i, r := range m.readers {
+		missing := r.lost(m.accepted)
+		for ; len(missing) > 0 && time.Now().Before(deadline); missing = r.lost(m.accepted) {
+			time.Sleep(10 * time.Millisecond)
+		}
+		r.mu.Lock()
+		lost += len(missing)
+		doubled += len(r.doubled)
+		for _, id := range r.order {
+			if id == "gap" {
+				gaps++
+			}
+		}
+		if len(missing)+len(r.doubled) > 0 {
+			m.t.Errorf("reader %d did not get %q, and got twice %q", i, missing, r.doubled)
+		}
+		switch {
+		case order == nil:
+			order = slices.Clone(r.order)
+		case m.keeps && !slices.Equal(order, r.order):
+			m.t.Errorf("reader %d got another order than reader 0, or more", i)
+		}
+		r.mu.Unlock()
+	}
+	if m.keeps && gaps > 0 {
+		m.t.Errorf("%d gaps were told although Redis kept everything", gaps)
+	}
+	m.t.Logf("%d faults: %d accepted, %d lost, %d doubled, %d gaps, %d times connected, %d posts refused with 503, %d unanswered",
+		m.faults.Load(), len(m.accepted), lost, doubled, gaps, m.reconnects.Load(), m.refused.Load(), m.unanswered.Load())
+}
+
+// quietReader asks for /stream on a connection with little room and reads nothing by itself.
+func quietReader(t testing.TB, url string) net.Conn {
+	t.Helper()
+	conn, err := net.DialTimeout("tcp", strings.TrimPrefix(url, "http://"), patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.(*net.TCPConn).SetReadBuffer(8 << 10)
+	io.WriteString(conn, "GET /stream HTTP/1.1\r\nHost: test\r\n\r\n")
+	return conn
+}
+
+// answerOn reads the head of an answer and returns the status and what reads its events.
+func answerOn(t testing.TB, from io.Reader) (int, *eventReader) {
+	t.Helper()
+	in := bufio.NewReaderSize(from, 1<<10)
+	resp, err := http.ReadResponse(in, nil)
+	if err != nil {
+		t.Fatalf("reading the head of a stream: %v", err)
+	}
+	return resp.StatusCode, &eventReader{in: bufio.NewReaderSize(resp.Body, 16)}
+}
+
+// within is eventually with a limit of its own, for what takes long by its nature.
+func within(t testing.TB, limit time.Duration, what string, ok func() bool) {
+	t.Helper()
+	for start := time.Now(); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Since(start) > limit {
+			t.Fatalf("waited %v for %s", limit, what)
+		}
+	}
+}
+
+// descriptors counts the open files of a room in a process of its own.
+func (r *room) descriptors() int {
+	r.t.Helper()
+	files, err := os.ReadDir(filepath.Join("/proc", strconv.Itoa(r.Pid), "fd"))
+	if err != nil {
+		r.t.Skipf("cannot look into a process here: %v", err)
+	}
+	return len(files)
+}
+
+var residentPages = regexp.MustCompile(`(?m)^VmRSS:\s+(\d+) kB`)
+
+// resident is the memory of a room in a process of its own, in KB.
+func (r *room) resident() int {
+	r.t.Helper()
+	status, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(r.Pid), "status"))
+	found := residentPages.FindSubmatch(status)
+	if found == nil {
+		r.t.Skipf("cannot look into a process here: %v", err)
+	}
+	kb, _ := strconv.Atoi(string(found[1]))
+	return kb
+}
+
+// unsent is the most that the kernel keeps for one reader of the room, in bytes.
+func (r *room) unsent() int {
+	r.t.Helper()
+	table, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		r.t.Skipf("cannot look into sockets here: %v", err)
+	}
+	port, _ := strconv.Atoi(r.url[strings.LastIndex(r.url, ":")+1:])
+	most := 0
+	for line := range strings.Lines(string(table)) {
+		fields := strings.Fields(line)
+		if len(fields) > 4 && strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", port)) {
+			queue, _, _ := strings.Cut(fields[4], ":")
+			n, _ := strconv.ParseInt(queue, 16, 64)
+			most = max(most, int(n))
+		}
+	}
+	return most
+}
+
+// goroutines ends the room's process and counts what ran in it for us or for net/http.
+func (r *room) goroutines() int {
+	r.t.Helper()
+	r.signal("QUIT") // Go prints every goroutine's stack
+	r.wait(patience)
+	n := 0
+	for _, stack := range strings.Split(r.log.String(), "\ngoroutine ")[1:] {
+		if strings.Contains(stack, "main.") || strings.Contains(stack, "net/http.") {
+			n++
+		}
+	}
+	return n
+}
+
+// fill posts n messages of about a kilobyte, numbered from first.
+func (c *client) fill(first, n int) {
+	c.t.Helper()
+	text := strings.Repeat("x", 1000)
+	for i := range n {
+		c.say(fmt.Sprintf("%d %s", first+i, text))
+	}
+}
+
+// TestReadersThatNeverRead has 300 of them while 4 MB go by. They must cost what was promised,
+// hold nobody up, and be gone in the end.
+func TestReadersThatNeverRead(t *testing.T) {
+	t.Parallel()
+	const readers, messages = 300, 4096
+	p := startProcess(t)
+	c := newClient(t, p.url)
+	c.fill(0, messages)
+	files, before := p.descriptors(), p.resident()
+	for range readers {
+		quietReader(t, p.url)
+	}
+	live := c.stream("", "")
+	live.until("ping")
+	text := strings.Repeat("x", 1000)
+	slowest := time.Duration(0)
+	for i := range messages {
+		start := time.Now()
+		c.say(fmt.Sprintf("%d %s", i, text))
+		live.hears(fmt.Sprintf("anonymous: %d %s", i, text))
+		slowest = max(slowest, time.Since(start))
+	}
+	if slowest > 2*time.Second {
+		t.Errorf("somebody else's message took %v", slowest)
+	}
+	if cost := p.unsent(); cost > 64<<10 || cost < 4<<10 {
+		t.Errorf("the kernel keeps %d bytes for one of them, want some and at most 64 KB", cost)
+	}
+	if cost := (p.resident() - before) / readers; cost > 64 {
+		t.Errorf("each of them costs %d KB, want at most 64", cost)
+	}
+	t.Logf("each costs %d KB, and at most %d bytes in the kernel; the slowest message took %v", (p.resident()-before)/readers, p.unsent(), slowest)
+	if testing.Short() {
+		return
+	}
+	live.close()
+	within(t, time.Minute, "those who do not read to be cut off", func() bool { return p.descriptors() < files+10 })
+}
+
+// TestSlowReader reads 50 KB/s. It gets everything, in order.
+func TestSlowReader(t *testing.T) {
+	t.Parallel()
+	messages := 700
+	if testing.Short() {
+		messages = 150
+	}
+	c := newClient(t, startRoom(t).url)
+	conn := quietReader(t, c.url)
+	conn.(*net.TCPConn).SetReadBuffer(16 << 10)
+	slow, feed := io.Pipe()
+	defer slow.Close()
+	go func() {
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for range tick.C {
+			if _, err := io.CopyN(feed, conn, 5<<10); err != nil {
+				feed.CloseWithError(err)
+				return
+			}
+		}
+	}()
+	c.fill(0, messages)
+	_, in := answerOn(t, slow)
+	for i := 0; i < messages; {
+		e, err := in.next()
+		if err != nil {
+			t.Fatalf("the stream ended before message %d: %v", i, err)
+		}
+		if e.kind == "ping" {
+			continue
+		}
+		if number, _, _ := strings.Cut(e.said(), " x"); number != fmt.Sprintf("anonymous: %d", i) {
+			t.Fatalf("message %d is %s %.30q", i, e.kind, e.said())
+		}
+		i++
+	}
+}
+
+// TestReaderBehindTheRing stops reading for more messages than anybody remembers.
+func TestReaderBehindTheRing(t *testing.T) {
+	t.Parallel()
+	const messages = 4500
+	c := newClient(t, startProcess(t).url)
+	conn := quietReader(t, c.url)
+	c.fill(0, messages)
+	conn.SetReadDeadline(time.Now().Add(patience))
+	_, in := answerOn(t, conn)
+	expected, gaps := 0, 0
+	for expected < messages {
+		e, err := in.next()
+		if err != nil {
+			t.Fatalf("the stream ended before message %d: %v", expected, err)
+		}
+		number, _, _ := strings.Cut(strings.TrimPrefix(e.said(), "anonymous: "), " ")
+		switch n, _ := strconv.Atoi(number); {
+		case e.kind == "ping":
+		case e.kind == "gap":
+			gaps++
+			expected = messages - 200
+		case n != expected:
+			t.Fatalf("after %d gaps message %d came, want %d", gaps, n, expected)
+		default:
+			expected++
+		}
+	}
+	if gaps != 1 {
+		t.Errorf("it was told %d gaps, want 1", gaps)
+	}
+}
+
+// TestRelayThatStops has a proxy that stops copying and tells nobody.
+func TestRelayThatStops(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	line := newRelay(t, strings.TrimPrefix(c.url, "http://"))
+	s := c.at("http://"+line.addr).stream("", "")
+	c.say("one")
+	last := s.message().id
+	line.hold()
+	c.say("two", "three")
+	again := c.stream("", last)
+	again.hears("anonymous: two", "anonymous: three")
+	again.close()
+	line.release()
+	s.hears("anonymous: two", "anonymous: three")
+}
+
+// TestRelayThatHoldsBack has a proxy that passes an answer on when it is whole. A stream does
+// not get through; polling does.
+func TestRelayThatHoldsBack(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	line := newRelay(t, strings.TrimPrefix(c.url, "http://"))
+	line.holdBack()
+	behind := newClient(t, "http://"+line.addr)
+	c.say("one")
+	got := behind.stream("wait=0", "").until("end")
+	if !slices.Equal(said(got), []string{"anonymous: one"}) {
+		t.Errorf("polling gives %v, want the message", got)
+	}
+	last := got[len(got)-2].id
+	answered := make(chan []event)
+	go func() { answered <- behind.stream("wait=10s", last).until("end") }()
+	eventually(t, "the long poll to have come", func() bool { return line.open() == 1 })
+	c.say("two")
+	select {
+	case got := <-answered:
+		if !slices.Equal(said(got), []string{"anonymous: two"}) {
+			t.Errorf("long polling gives %v, want the message", got)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("long polling gives nothing when there is a message")
+	}
+}
+
+// TestComingAndGoing has many readers come and go in every way there is. What they took comes
+// back.
+func TestComingAndGoing(t *testing.T) {
+	t.Parallel()
+	readers, rounds := 2500, 2
+	if testing.Short() {
+		readers = 100
+	}
+	p := startProcess(t)
+	c := newClient(t, p.url)
+	c.say("hello")
+	ways := []func(*net.TCPConn){
+		func(conn *net.TCPConn) {},                                                 // FIN, after an answer
+		func(conn *net.TCPConn) { conn.SetLinger(0) },                              // RST
+		func(conn *net.TCPConn) { io.WriteString(conn, "x") },                      // a byte that nobody asked for
+		func(conn *net.TCPConn) { io.WriteString(conn, "GET / HTTP/1.1\r\n\r\n") }, // a second request
+		func(conn *net.TCPConn) { io.WriteString(conn, "x"); conn.SetLinger(0) },
+		func(conn *net.TCPConn) { conn.CloseWrite() },
+	}
+	files := p.descriptors()
+	var memory []int
+	for range rounds {
+		var comers sync.WaitGroup
+		for i := range 50 {
+			comers.Go(func() {
+				for n := i; n < readers; n += 50 {
+					conn := quietReader(t, p.url).(*net.TCPConn)
+					if n%3 > 0 { // else gone before the answer
+						conn.SetReadDeadline(time.Now().Add(patience))
+						conn.Read(make([]byte, 2000))
+					}
+					ways[n%len(ways)](conn)
+					conn.Close()
+				}
+			})
+		}
+		comers.Wait()
+		within(t, 35*time.Second, "the descriptors to come back", func() bool {
+			if testing.Short() {
+				c.say("hello") // shows who is gone sooner than the next ping
+			}
+			return p.descriptors() <= files+2
+		})
+		memory = append(memory, p.resident())
+	}
+	if memory[1] > memory[0]+10<<10 {
+		t.Errorf("it holds %d KB after %d readers and %d KB after twice as many", memory[0], readers, memory[1])
+	}
+	if n := p.goroutines(); n > 5 {
+		t.Errorf("%d goroutines are left, want about 3", n)
+	}
+	t.Logf("%d KB after %d readers, %d KB after as many more", memory[0], readers, memory[1])
+}
+
+// TestFewDescriptors fills a process that may open 120 files. It must say so, keep some for
+// Redis, and be of use again when the crowd has left.
+func TestFewDescriptors(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	p := startLimited(t, "ulimit -n 120", "-redis", r.addr).joined()
+	c := newClient(t, p.url)
+	var crowd []net.Conn
+	streams, refused := 0, 0
+	for range 100 {
+		conn := quietReader(t, p.url)
+		crowd = append(crowd, conn)
+		conn.SetReadDeadline(time.Now().Add(patience))
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		switch {
+		case err != nil: // beyond what can even be answered
+		case resp.StatusCode == 200:
+			streams++
+		case resp.StatusCode == 503 && resp.Header.Get("Retry-After") != "":
+			refused++
+		default:
+			t.Errorf("a stream: got %d with Retry-After %q, want 200, or 503 with one", resp.StatusCode, resp.Header.Get("Retry-After"))
+		}
+	}
+	if streams < 50 || refused < 10 {
+		t.Errorf("%d streams were opened and %d refused, want 50 and 10 at least", streams, refused)
+	}
+	c.say("the room goes on")
+	for range 100 { // connections that ask for nothing
+		if conn, err := net.DialTimeout("tcp", strings.TrimPrefix(p.url, "http://"), patience); err == nil {
+			crowd = append(crowd, conn)
+			defer conn.Close()
+		}
+	}
+	if got := rawRequest(t, p.url, "GET /healthz HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"); got.status != 503 && got.status != 0 {
+		t.Errorf("one more connection than there may be: got %d, want 503 or nothing", got.status)
+	}
+	r.do("CLIENT", "KILL", "TYPE", "pubsub")
+	r.do("CLIENT", "KILL", "TYPE", "normal")
+	eventually(t, "Redis to be dialled again", func() bool { return slices.Equal(p.changes(), []string{"joined", "away", "joined"}) })
+	for _, conn := range crowd {
+		conn.Close()
+	}
+	n := 0
+	eventually(t, "a newcomer to be let in", func() bool {
+		n++
+		c.attempt(fmt.Sprint("hello again ", n)) // shows the room who is gone
+		return c.get("/stream?wait=0").status == 200
+	})
+	if got := c.newcomer(); got[0] != "the room goes on" {
+		t.Errorf("a newcomer gets %q, want what was said first", got)
+	}
+	p.changed("joined", "away", "joined")
+}
+
+// TestManyPostsAtOnce: one sender's 200 posts are mostly refused and another is heard.
+func TestManyPostsAtOnce(t *testing.T) {
+	t.Parallel()
+	url := startRoom(t, "-rate", "5").url
+	loud, calm := newClient(t, url).login("loud"), newClient(t, url).login("calm")
+	s := calm.stream("", "")
+	s.until("ping")
+	var accepted, refused atomic.Int64
+	var posts sync.WaitGroup
+	start := time.Now()
+	for range 200 {
+		posts.Go(func() {
+			switch got := loud.do("POST", "/post", "message=loud"); {
+			case got.status == 204:
+				accepted.Add(1)
+			case got.status == 429 && got.header.Get("Retry-After") != "":
+				refused.Add(1)
+			default:
+				t.Errorf("got %d with Retry-After %q, want 204, or 429 with one", got.status, got.header.Get("Retry-After"))
+			}
+		})
+	}
+	calm.say("one", "two", "three")
+	posts.Wait()
+	calm.say("four")
+	if most := 10 + int64(5*time.Since(start).Seconds()); accepted.Load() < 10 || accepted.Load() > most {
+		t.Errorf("%d were accepted and %d refused, want 10 to %d accepted", accepted.Load(), refused.Load(), most)
+	}
+	var heard []string
+	for got := ""; got != "calm: four"; {
+		if got = s.message().said(); got != "loud: loud" {
+			heard = append(heard, got)
+		}
+	}
+	if !slices.Equal(heard, []string{"calm: one", "calm: two", "calm: three", "calm: four"}) {
+		t.Errorf("of the other sender it heard %q", heard)
+	}
+}
+
+// TestManyLoginsAtOnce counts by address: the peer's, or the last that a proxy on this machine
+// names.
+func TestManyLoginsAtOnce(t *testing.T) {
+	t.Parallel()
+	const wrong, right = "user=x&password=wrong", "user=x&password=geheim"
+	limited := newClient(t, startRoom(t, "-rate", "5", "CHAT_PASSWORD=geheim").url)
+	open := newClient(t, startRoom(t, "CHAT_PASSWORD=geheim").url)
+	for _, test := range []struct {
+		name        string
+		c           *client
+		body, from  string
+		tries       int
+		want        int
+		burst, each int // after the burst, so many a second
+	}{
+		{"sessions", limited, right, "192.0.2.1", 600, 303, 400, 5},
+		{"sessions of another address", limited, right, "192.0.2.2", 10, 303, 10, 0},
+		{"sessions, the address behind what the client says", limited, right, "192.0.2.9, 192.0.2.1", 10, 303, 0, 5},
+		{"wrong passwords", limited, wrong, "192.0.2.3", 60, 403, 20, 1},
+		{"the right one after that", limited, right, "192.0.2.3", 5, 303, 0, 1},
+		{"wrong passwords of another address", limited, wrong, "192.0.2.4", 10, 403, 10, 0},
+		{"wrong passwords of an IPv6 network", limited, wrong, "2001:db8::1", 60, 403, 20, 1},
+		{"another address of that network", limited, wrong, "2001:db8::ffff:1", 5, 403, 0, 1},
+		{"another network", limited, wrong, "2001:db8:0:1::1", 10, 403, 10, 0},
+		{"sessions without limits", open, right, "192.0.2.1", 600, 303, 600, 0},
+		{"wrong passwords without limits", open, wrong, "192.0.2.1", 100, 403, 100, 0},
+	} {
+		var passed atomic.Int64
+		var posts sync.WaitGroup
+		start := time.Now()
+		for range 10 {
+			posts.Go(func() {
+				c := newClient(t, test.c.url) // so that no cookie is sent
+				for range max(test.tries/10, 1) {
+					switch got := c.do("POST", "/login", test.body, "X-Forwarded-For: "+test.from); {
+					case got.status == test.want:
+						passed.Add(1)
+					case got.status != 429 || got.header.Get("Retry-After") == "":
+						t.Errorf("%s: got %d with Retry-After %q, want %d, or 429 with one", test.name, got.status, got.header.Get("Retry-After"), test.want)
+					}
+				}
+			})
+		}
+		posts.Wait()
+		took := time.Since(start)
+		if most := int64(test.burst) + int64(test.each)*int64(took/time.Second+2); passed.Load() < int64(test.burst) || passed.Load() > most {
+			t.Errorf("%s: %d were answered %d, the others 429; want %d to %d", test.name, passed.Load(), test.want, test.burst, most)
+		}
+	}
+}
+
+var nginxFence = regexp.MustCompile("(?s)```nginx\n(.*?)```")
+
+// nginxBlock is the configuration that README recommends.
+func nginxBlock(t testing.TB) string {
+	t.Helper()
+	text, err := os.ReadFile("README.md")
+	if errors.Is(err, fs.ErrNotExist) {
+		text, err = os.ReadFile("nginx-block.md")
+	}
+	found := nginxFence.FindSubmatch(text)
+	if err != nil || found == nil {
+		t.Fatalf("README.md has no block of nginx's configuration: %v", err)
+	}
+	return string(found[1])
+}
+
+var (
+	nginxListen   = regexp.MustCompile(`listen [^;]*;`)
+	nginxUpstream = regexp.MustCompile(`127\.0\.0\.1:8989|localhost:8989`)
+	nginxHost     = regexp.MustCompile(`proxy_set_header Host [^;]*;`)
+)
+
+// startNginx runs the block at addr in front of a room. The words behind addr in the listen
+// directive, and directives after that, are how.
+func startNginx(t testing.TB, block, addr, how, upstream string) {
+	t.Helper()
+	program := need(t, "nginx", "apt-get install nginx-light")
+	dir := t.TempDir()
+	if !nginxListen.MatchString(block) || !nginxUpstream.MatchString(block) {
+		t.Fatalf("the block has not got the addresses that the test replaces:\n%s", block)
+	}
+	block = nginxListen.ReplaceAllLiteralString(block, "listen "+addr+how+";")
+	block = nginxUpstream.ReplaceAllLiteralString(block, strings.TrimPrefix(upstream, "http://"))
+	conf := "daemon off; master_process off; error_log stderr; pid nginx.pid; events {}\nhttp {\naccess_log off;\n"
+	for _, name := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		conf += name + "_temp_path " + filepath.Join(dir, name) + ";\n"
+	}
+	file := filepath.Join(dir, "nginx.conf")
+	if err := os.WriteFile(file, []byte(conf+block+"}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var stderr output
+	cmd := exec.Command(program, "-p", dir, "-c", file, "-e", "stderr")
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("nginx says: %s", stderr.String())
+		}
+	})
+	eventually(t, "nginx to listen", func() bool {
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
+			return false
+		}
+		conn.Close()
+		return true
+	})
+}
+
+// TestBehindNginx runs the room behind the configuration that README recommends.
+func TestBehindNginx(t *testing.T) {
+	t.Parallel()
+	r := startRoom(t, "-rate", "5")
+	addr := "127.0.0.1:" + freePort(t)
+	url := "http://" + addr
+	startNginx(t, nginxBlock(t), addr, "", r.url)
+	c := newClient(t, url).login("小明")
+	s := c.stream("", "")
+	s.until("ping")
+	last := ""
+	for _, text := range []string{"one", "two", "three"} {
+		if got := c.post(text, "Origin: "+url); got != 204 {
+			t.Fatalf("posting %q from the room's page: got %d, want 204", text, got)
+		}
+		e := s.message() // by itself, before the next is sent
+		if e.said() != "小明: "+text {
+			t.Errorf("heard %q, want %q", e.said(), text)
+		}
+		last = e.id
+	}
+	if got := said(c.stream("wait=0", "").until("end")); len(got) != 3 {
+		t.Errorf("polling gives %q, want three messages", got)
+	}
+	waiting := c.stream("wait=25s", last)
+	waiting.until("ping")
+	c.say("four")
+	waiting.hears("小明: four")
+	waiting.until("end")
+
+	if got := c.post("x", "Origin: http://other.example"); got != 403 {
+		t.Errorf("posting from another site's page: got %d, want 403", got)
+	}
+	if newClient(t, url).loginCookie("X-Forwarded-Proto: https").Secure {
+		t.Error("over HTTP the cookie is Secure, because the client said so")
+	}
+	stranger := newClient(t, url)
+	status := 0
+	for i := range 40 {
+		status = stranger.post("x", fmt.Sprintf("X-Forwarded-For: 192.0.2.%d", i))
+	}
+	if status != 429 {
+		t.Errorf("a stranger who claims another address each time: the 40th message got %d, want 429", status)
+	}
+}
+
+// loginCookie logs in and returns the cookie with its attributes.
+func (c *client) loginCookie(headers ...string) *http.Cookie {
+	c.t.Helper()
+	got := (&http.Response{Header: c.do("POST", "/login", form("user", "x"), headers...).header}).Cookies()
+	if len(got) != 1 {
+		c.t.Fatalf("logging in sets %d cookies, want 1", len(got))
+	}
+	return got[0]
+}
+
+// TestProxyThatChangesHost has a proxy that sends its own idea of Host.
+func TestProxyThatChangesHost(t *testing.T) {
+	t.Parallel()
+	block := nginxHost.ReplaceAllLiteralString(nginxBlock(t), "")
+	for _, trusted := range []bool{false, true} {
+		addr := "127.0.0.1:" + freePort(t)
+		var args []string
+		if trusted {
+			args = []string{"-origin", "http://" + addr}
+		}
+		startNginx(t, block, addr, "", startRoom(t, args...).url)
+		got := newClient(t, "http://"+addr).do("POST", "/post", "message=x", "Origin: http://"+addr)
+		if trusted && got.status != 204 {
+			t.Errorf("with -origin: got %d, want 204", got.status)
+		}
+		if !trusted && (got.status != 403 || !strings.Contains(got.body, "-origin")) {
+			t.Errorf("without -origin: got %d %q, want 403 and what to do", got.status, got.body)
+		}
+	}
+}
+
+// TestNginxWithTLS has people come by https.
+func TestNginxWithTLS(t *testing.T) {
+	t.Parallel()
+	cert, key := selfSigned(t)
+	addr := "127.0.0.1:" + freePort(t)
+	url := "https://" + addr
+	startNginx(t, nginxBlock(t), addr, " ssl; ssl_certificate "+cert+"; ssl_certificate_key "+key, startRoom(t).url)
+	c := newClient(t, url)
+	c.http.Transport.(*http.Transport).TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
+	if !c.loginCookie("Origin: " + url).Secure {
+		t.Error("over HTTPS the cookie is not Secure")
+	}
+	s := c.stream("", "")
+	if got := c.post("hello", "Origin: "+url); got != 204 {
+		t.Errorf("posting from the room's page: got %d, want 204", got)
+	}
+	s.hears("x: hello")
+}
+
+// selfSigned writes a certificate and its key.
+func selfSigned(t testing.TB) (certFile, keyFile string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	cert, err := x509.CreateCertificate(cryptorand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	write := func(name, kind string, der []byte) string {
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	return write("cert.pem", "CERTIFICATE", cert), write("key.pem", "PRIVATE KEY", keyDER)
+}
+
+// ---- the server, and a proxy in front of it that can fail ----
+
+// startChat starts the chat server with these arguments and returns its address, http://host:port.
+func startChat(t *testing.T, args ...string) string {
+	t.Helper()
+	bin := os.Getenv("CHAT_BIN")
+	if bin == "" {
+		t.Skip("CHAT_BIN names no server")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := exec.CommandContext(ctx, bin, append([]string{"-addr", "127.0.0.1:0"}, args...)...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cancel(); cmd.Wait() })
+	line, err := bufio.NewReader(out).ReadString('\n')
+	port := regexp.MustCompile(`:(\d+)`).FindStringSubmatch(line)
+	if port == nil {
+		t.Fatalf("starting the chat: %q, %v", line, err)
+	}
+	go io.Copy(io.Discard, out)
+	return "http://127.0.0.1:" + port[1]
+}
+
+// A pageRelay stands between browser and server, and does to the traffic what networks do.
+type pageRelay struct {
+	t      *testing.T
+	target string
+	addr   string
+	server *http.Server
+
+	mu      sync.Mutex
+	status  map[string]int // path: answered with this status, the server sees nothing
+	swallow bool           // POST /post reaches the server, its answer is lost
+	hold    bool           // answers are held back until they end
+	delay   time.Duration  // before a POST is passed on
+	instead string         // what a stream gets instead of the server's answer
+	keys    []string       // Idempotency-Key of every POST /post that came
+	streams map[chan string]bool
+	opened  []string // what was asked of /stream
+}
+
+func startPageRelay(t *testing.T, target string) *pageRelay {
+	p := &pageRelay{t: t, target: target, addr: "127.0.0.1:0", status: map[string]int{}, streams: map[chan string]bool{}}
+	p.start()
+	t.Cleanup(p.stop)
+	return p
+}
+
+// url is the address as a browser on the LAN sees it: not localhost, so not a secure context.
+func (p *pageRelay) url() string {
+	return "http://chat.test:" + p.addr[strings.LastIndex(p.addr, ":")+1:]
+}
+
+func (p *pageRelay) start() {
+	l, err := net.Listen("tcp", p.addr)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.addr = l.Addr().String()
+	p.server = &http.Server{Handler: p}
+	go p.server.Serve(l)
+}
+
+// stop ends every connection at once, as a killed server does.
+func (p *pageRelay) stop() { p.server.Close() }
+
+// set changes the relay's behaviour.
+func (p *pageRelay) set(change func()) { p.mu.Lock(); defer p.mu.Unlock(); change() }
+
+// posts counts the POSTs that came, and the different messages among them.
+func (p *pageRelay) posts() (tries, messages int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	different := map[string]bool{}
+	for _, k := range p.keys {
+		different[k] = true
+	}
+	return len(p.keys), len(different)
+}
+
+// send writes frames into every open stream, as if the server had.
+func (p *pageRelay) send(frames string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c := range p.streams {
+		c <- frames
+	}
+}
+
+// opens waits until more than n streams have been opened.
+func (p *pageRelay) opens(n int, what string) {
+	p.t.Helper()
+	opened := func() (n int) { p.set(func() { n = len(p.opened) }); return n }
+	for deadline := time.Now().Add(10 * time.Second); opened() <= n; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			p.t.Fatalf("not so: %s", what)
+		}
+	}
+}
+
+func (p *pageRelay) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p.mu.Lock()
+	status, swallow, hold, delay, instead := p.status[r.URL.Path], p.swallow, p.hold, p.delay, p.instead
+	if r.URL.Path == "/post" {
+		p.keys = append(p.keys, r.Header.Get("Idempotency-Key"))
+	}
+	if r.URL.Path == "/stream" && r.Method == "GET" {
+		p.opened = append(p.opened, r.URL.RawQuery)
+	}
+	p.mu.Unlock()
+	if status != 0 {
+		w.Header().Set("Retry-After", "1")
+		http.Error(w, "a fault of the relay", status)
+		return
+	}
+	if r.URL.Path == "/stream" && instead != "" {
+		w.Header().Set("Content-Type", "text/event-stream")
+		io.WriteString(w, instead)
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+		return
+	}
+	if r.Method == "POST" {
+		time.Sleep(delay)
+	}
+	out, _ := http.NewRequestWithContext(r.Context(), r.Method, p.target+r.URL.RequestURI(), r.Body)
+	out.Header, out.Host, out.ContentLength = r.Header.Clone(), r.Host, r.ContentLength
+	res, err := http.DefaultTransport.RoundTrip(out)
+	if err != nil || swallow && r.URL.Path == "/post" {
+		panic(http.ErrAbortHandler) // the connection breaks without an answer
+	}
+	defer res.Body.Close()
+	for k, v := range res.Header {
+		w.Header()[k] = v
+	}
+	if r.URL.Path == "/stream" && r.Method == "GET" && !hold {
+		w.WriteHeader(res.StatusCode)
+		p.passStream(w, res.Body)
+		return
+	}
+	body, _ := io.ReadAll(res.Body)
+	w.WriteHeader(res.StatusCode)
+	w.Write(body)
+}
+
+// passStream passes whole frames on, the server's and those of send.
+func (p *pageRelay) passStream(w http.ResponseWriter, body io.Reader) {
+	frames := make(chan string, 1000)
+	p.set(func() { p.streams[frames] = true })
+	defer p.set(func() { delete(p.streams, frames) })
+	ended := make(chan bool)
+	go func() {
+		defer close(ended)
+		s := bufio.NewScanner(body)
+		var frame strings.Builder
+		for s.Scan() {
+			frame.WriteString(s.Text() + "\n")
+			if s.Text() == "" {
+				frames <- frame.String()
+				frame.Reset()
+			}
+		}
+	}()
+	for {
+		select {
+		case f := <-frames:
+			io.WriteString(w, f)
+			w.(http.Flusher).Flush()
+		case <-ended:
+			for len(frames) > 0 {
+				io.WriteString(w, <-frames)
+			}
+			return
+		}
+	}
+}
+
+// frame encodes a message as the server does.
+func frame(id, line string) string {
+	return "id: " + id + "\ndata: " + strings.ReplaceAll(line, "\n", "\ndata: ") + "\n\n"
+}
+
+// ---- a browser ----
+
+type browser struct {
+	t       *testing.T
+	session string // the session's address at chromedriver
+}
+
+// startBrowser starts chromedriver and a Chromium of its own.
+func startBrowser(t *testing.T, args ...string) *browser {
+	t.Helper()
+	for program, hint := range map[string]string{"chromedriver": "chromium-driver", "chromium": "chromium"} {
+		if _, err := exec.LookPath(program); err != nil {
+			if os.Getenv("CI") == "true" {
+				t.Fatalf("%s is missing: apt-get install %s", program, hint)
+			}
+			t.Skipf("%s is missing: apt-get install %s", program, hint)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	driver := exec.CommandContext(ctx, "chromedriver", "--port=0")
+	driver.Cancel = func() error { return driver.Process.Signal(os.Interrupt) }
+	driver.WaitDelay = 5 * time.Second
+	out, err := driver.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := driver.Start(); err != nil {
+		t.Fatal(err)
+	}
+	b := &browser{t: t}
+	profile, err := os.MkdirTemp("", "chat-browser-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if b.session != "" {
+			try(b, "DELETE", "", nil, new(any))
+		}
+		cancel()
+		driver.Wait()
+		for range 50 { // the browser's last process may still be writing
+			if os.RemoveAll(profile) == nil {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+	})
+	started := regexp.MustCompile(`successfully on port (\d+)`)
+	for s := bufio.NewScanner(out); s.Scan(); {
+		if m := started.FindStringSubmatch(s.Text()); m != nil {
+			b.session = "http://127.0.0.1:" + m[1] + "/session"
+			break
+		}
+	}
+	go io.Copy(io.Discard, out)
+	if b.session == "" {
+		t.Fatal("chromedriver named no port")
+	}
+	path, _ := exec.LookPath("chromium")
+	options := map[string]any{"binary": path, "args": append([]string{
+		"--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+		"--disable-background-networking", "--disable-component-update", "--disable-sync",
+		"--host-resolver-rules=MAP chat.test 127.0.0.1", "--user-data-dir=" + profile,
+		"--window-size=1280,800"}, args...)}
+	created := call[struct{ SessionID string }](b, "POST", "", map[string]any{"capabilities": map[string]any{
+		"alwaysMatch": map[string]any{"goog:chromeOptions": options,
+			"goog:loggingPrefs": map[string]string{"browser": "ALL", "performance": "ALL"}}}})
+	b.session += "/" + created.SessionID
+	return b
+}
+
+// call sends one WebDriver command and decodes its value.
+func call[T any](b *browser, method, path string, body any) T {
+	b.t.Helper()
+	var value struct{ Value T }
+	if err := try(b, method, path, body, &value); err != nil {
+		b.t.Fatalf("%s %s: %v", method, path, err)
+	}
+	return value.Value
+}
+
+func try(b *browser, method, path string, body, answer any) error {
+	if body == nil {
+		body = map[string]any{}
+	}
+	sent, err := json.Marshal(body)
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequest(method, b.session+path, bytes.NewReader(sent))
+	if err != nil {
+		return err
+	}
+	client := http.Client{Timeout: 60 * time.Second}
+	res, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	got, err := io.ReadAll(res.Body)
+	if err != nil {
+		return err
+	}
+	if res.StatusCode != 200 {
+		return fmt.Errorf("%.400s", got)
+	}
+	return json.Unmarshal(got, answer)
+}
+
+func (b *browser) open(url string) {
+	b.t.Helper()
+	call[any](b, "POST", "/url", map[string]any{"url": url})
+}
+
+// js runs a function body in the page and returns what it returns.
+func js[T any](b *browser, script string, args ...any) T {
+	b.t.Helper()
+	if args == nil {
+		args = []any{}
+	}
+	return call[T](b, "POST", "/execute/sync", map[string]any{"script": script, "args": args})
+}
+
+// wait waits until the JS expression is true.
+func (b *browser) wait(what, expression string, args ...any) {
+	b.t.Helper()
+	b.waitFor(what, 15*time.Second, expression, args...)
+}
+
+func (b *browser) waitFor(what string, d time.Duration, expression string, args ...any) {
+	b.t.Helper()
+	if args == nil {
+		args = []any{}
+	}
+	for deadline := time.Now().Add(d); ; time.Sleep(20 * time.Millisecond) {
+		var got struct{ Value any }
+		err := try(b, "POST", "/execute/sync", map[string]any{"script": "return !!(" + expression + ")", "args": args}, &got)
+		if err == nil && got.Value == true {
+			return
+		}
+		if time.Now().After(deadline) {
+			b.t.Fatalf("%s: not within %v (%v)", what, d, err)
+		}
+	}
+}
+
+func (b *browser) find(css string) string {
+	b.t.Helper()
+	found := call[map[string]string](b, "POST", "/element", map[string]any{"using": "css selector", "value": css})
+	for _, id := range found {
+		return id
+	}
+	return ""
+}
+
+func (b *browser) click(css string) {
+	b.t.Helper()
+	call[any](b, "POST", "/element/"+b.find(css)+"/click", nil)
+}
+
+// keys types into an element; \uE007 is Enter, \uE008 Shift, \uE009 Control, \uE013 up, \uE010 End.
+func (b *browser) keys(css, text string) {
+	b.t.Helper()
+	call[any](b, "POST", "/element/"+b.find(css)+"/value", map[string]any{"text": text})
+}
+
+func (b *browser) cdp(command string, params map[string]any) json.RawMessage {
+	b.t.Helper()
+	if params == nil {
+		params = map[string]any{}
+	}
+	return call[json.RawMessage](b, "POST", "/goog/cdp/execute", map[string]any{"cmd": command, "params": params})
+}
+
+// media sets what the page is told of the reader: media features as in CSS.
+func (b *browser) media(features map[string]string) {
+	b.t.Helper()
+	var list []any
+	for name, value := range features {
+		list = append(list, map[string]any{"name": name, "value": value})
+	}
+	b.cdp("Emulation.setEmulatedMedia", map[string]any{"features": list})
+}
+
+func (b *browser) size(width, height int) {
+	b.t.Helper()
+	b.cdp("Emulation.setDeviceMetricsOverride", map[string]any{
+		"width": width, "height": height, "deviceScaleFactor": 1, "mobile": false})
+}
+
+func (b *browser) newTab() string {
+	b.t.Helper()
+	tab := call[struct{ Handle string }](b, "POST", "/window/new", map[string]any{"type": "tab"}).Handle
+	b.toTab(tab)
+	return tab
+}
+
+func (b *browser) tab() string { b.t.Helper(); return call[string](b, "GET", "/window", nil) }
+
+func (b *browser) toTab(tab string) {
+	b.t.Helper()
+	call[any](b, "POST", "/window", map[string]any{"handle": tab})
+}
+
+// login goes through the login page, and waits until the room is there.
+func (b *browser) login(url, name string) {
+	b.t.Helper()
+	b.open(url + "/login")
+	js[any](b, "document.getElementById('user').value = ''")
+	b.keys("#user", name+"\uE007")
+	b.wait("the room is live", "document.body.dataset.state === 'live'")
+}
+
+// say writes a message and presses Enter.
+func (b *browser) say(text string) { b.t.Helper(); b.keys("#text", text+"\uE007") }
+
+// hasText waits until the log holds a row with this text.
+func (b *browser) hasText(text string) {
+	b.t.Helper()
+	b.wait(fmt.Sprintf("%q is in the log", text),
+		"[...document.querySelectorAll('#log .text')].some(n => n.textContent === arguments[0])", text)
+}
+
+// A check is what must become true on the page: a sentence, and a JS expression for it.
+type check struct{ what, js string }
+
+// checks reports every check that is not true within three seconds.
+func (b *browser) checks(list ...check) {
+	b.t.Helper()
+	for _, c := range list {
+		var got struct{ Value any }
+		script := map[string]any{"script": "return !!(" + c.js + ")", "args": []any{}}
+		for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			err := try(b, "POST", "/execute/sync", script, &got)
+			if err == nil && got.Value == true {
+				break
+			}
+			if time.Now().After(deadline) {
+				b.t.Errorf("not so: %s (%s) %v", c.what, c.js, err)
+				break
+			}
+		}
+	}
+}
+
+// ---- what is seen ----
+
+// Short names for the scripts of the checks.
+const short = `
+	window.$ = (css) => document.querySelector(css);
+	window.$$ = (css) => [...document.querySelectorAll(css)];
+	window.texts = () => $$('#log .text').map((n) => n.textContent);
+	window.count = (text) => texts().filter((t) => t === text).length;
+	window.row = (text) => $$('#log .row').find((n) => n.querySelector('.text').textContent === text);
+	window.seen = (node) => { const s = getComputedStyle(node), r = node.getBoundingClientRect();
+		return s.display !== 'none' && s.visibility !== 'hidden' && r.width > 1 && r.height > 1; };
+	window.state = () => document.body.dataset.state;
+	window.bottom = () => { const l = $('#log'); return l.scrollHeight - l.scrollTop - l.clientHeight; };
+	window.hide = (hidden) => { // as the browser does with a tab that is not in front
+		Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });
+		document.dispatchEvent(new Event('visibilitychange')); };
+`
+
+// visit is a browser that has logged in, through a relay, to a chat of its own.
+func visit(t *testing.T, args ...string) (*browser, *pageRelay) {
+	t.Helper()
+	b := startBrowser(t, args...)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+	p := startPageRelay(t, startChat(t, "-rate", "0"))
+	b.login(p.url(), "小明")
+	return b, p
+}
+
+func TestPageTwoPeople(t *testing.T) {
+	a, p := visit(t)
+	b := startBrowser(t)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+	b.login(p.url(), "Ada")
+
+	a.checks(
+		check{"the page greets the name", "$('.me').textContent === '小明'"},
+		check{"an empty room says so", "seen($('#empty')) && $('#log').getAttribute('aria-busy') === 'false'"},
+	)
+	a.say("hello")
+	b.checks(
+		check{"the other one reads it, once", "count('hello') === 1"},
+		check{"with the name", "row('hello').querySelector('bdi').textContent === '小明'"},
+		check{"and the time", `/^\d\d:\d\d$/.test(row('hello').querySelector('time').textContent)`},
+		check{"it is not the reader's own", "!row('hello').classList.contains('own')"},
+		check{"the empty room's line is gone", "!seen($('#empty'))"},
+	)
+	a.checks(
+		check{"the writer's own row is marked", "row('hello').classList.contains('own')"},
+		check{"by a bar too, not by colour alone", "parseInt(getComputedStyle(row('hello')).borderInlineStartWidth) >= 3"},
+		check{"the unsent row is gone", "!$('#unsent').children.length"},
+		check{"the field is empty and has the focus", "$('#text').value === '' && document.activeElement === $('#text')"},
+	)
+	b.say("你好")
+	a.hasText("你好")
+	b.say("second")
+	a.checks(
+		check{"messages of one author are grouped", "row('second').classList.contains('follows') && !row('你好').classList.contains('follows')"},
+		check{"with the name only to be read out and copied", "row('second').innerText.includes('Ada') && !seen(row('second').querySelector('.who'))"},
+		check{"the colour is the name's", "row('second').dataset.colour === String((65 + 100 + 97) % 12)"},
+		check{"and is used", "getComputedStyle(row('你好').querySelector('bdi')).color === 'rgb(102, 70, 168)'"},
+	)
+
+	a.keys("#text", "one\uE008\uE007\uE000two")
+	a.checks(check{"Shift+Enter breaks the line", `$('#text').value === 'one\ntwo' && count('one\ntwo') === 0`})
+	a.keys("#text", "\uE009\uE007\uE000")
+	a.checks(check{"Ctrl+Enter sends", `count('one\ntwo') === 1 && getComputedStyle(row('one\ntwo').lastElementChild).whiteSpace.startsWith('pre-wrap')`})
+	a.keys("#text", "\uE013")
+	a.checks(check{"↑ in an empty field brings back the last message", `$('#text').value === 'one\ntwo'`})
+	js[any](a, "$('#text').value = ''")
+	a.keys("#text", "   \uE007")
+	a.keys("#text", "x\uE007")
+	a.hasText("   x")
+	a.checks(check{"a blank message is not sent", "texts().every((t) => t.trim())"})
+
+	js[any](a, "$('#text').value = 'a'.repeat(3199); $('#text').dispatchEvent(new Event('input'))")
+	a.keys("#text", "b")
+	a.checks(check{"a counter from 3200", "$('#notice').textContent === '800 characters left'"})
+	js[any](a, "$('#text').value = '👍'.repeat(4003); $('#text').dispatchEvent(new Event('input'))")
+	a.checks(check{"over 4000 says by how much", "$('#notice').textContent === 'Too long by 3.' && $('#send').disabled"})
+	a.keys("#text", "\uE007")
+	a.checks(check{"and keeps the text", "$('#text').value.length === 8006 && !$('#unsent').children.length"})
+	js[any](a, "$('#text').value = '界'.repeat(4000); $('#text').dispatchEvent(new Event('input'))")
+	a.keys("#text", "\uE007")
+	a.checks(check{"4000 go through", "count('界'.repeat(4000)) === 1"})
+
+	js[any](a, `navigator.clipboard === undefined || console.error('a secure context')`)
+	a.click("#logout button")
+	a.wait("logged out", "location.pathname === '/login'")
+	a.checks(check{"logging out drops draft and outbox", "sessionStorage.getItem('chat') === null"})
+}
+
+func TestPageText(t *testing.T) {
+	b, p := visit(t)
+	for _, text := range []string{
+		"<b>bold</b>", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;i&gt; &amp;",
+		"javascript:alert(1)", "</template><h1>x", "{{.Name}}", "a\tb  c", "\u202eabc", `"quotes' and \n`, "e\u0301 👩‍💻 ½",
+	} {
+		p.send(frame(id(), "[10:00:00] 李雷: "+text))
+		b.hasText(text)
+		b.checks(check{"markup stays text: " + text, "!$('#log .row:last-child .text').children.length"})
+	}
+	for _, c := range []struct{ text, links string }{
+		{"see https://go.dev/doc.", "https://go.dev/doc"},
+		{"(https://en.wikipedia.org/wiki/Go_(game))", "https://en.wikipedia.org/wiki/Go_(game)"},
+		{"看 https://example.com/a，还有 http://example.com/b。", "https://example.com/a http://example.com/b"},
+		{"https://example.com/?q=1&x=%20#top!", "https://example.com/?q=1&x=%20#top"},
+		{"http:// and https://. and ftp://example.com", ""},
+		{"https://[bad", ""},
+		{"HTTPS and www.example.com", ""},
+	} {
+		p.send(frame(id(), "[10:00:00] 李雷: "+c.text))
+		b.hasText(c.text)
+		if got := js[string](b, "return [...$('#log .row:last-child .text').querySelectorAll('a')].map((a) => a.textContent).join(' ')"); got != c.links {
+			t.Errorf("%q has the links %q, want %q", c.text, got, c.links)
+		}
+	}
+	p.send(frame(id(), "[10:00:00] 李雷: a link https://example.com/"))
+	b.hasText("a link https://example.com/")
+	b.checks(check{"a link tells its target nothing", `(a => a.rel === 'noopener noreferrer nofollow' && a.target === '_blank' && a.href === 'https://example.com/')($('#log .row:last-child a'))`})
+
+	p.send(frame(id(), "[10:00:00] 李雷: before\n```python\n<b>x</b> = `1`\n\ty\n```\nafter `code` end"))
+	b.checks(
+		check{"a fence is code", "(pre => pre && pre.textContent === '<b>x</b> = `1`\\n\\ty' && pre.dataset.language === 'python')($('#log .row:last-child pre'))"},
+		check{"what is around it is not", "texts().at(-1).startsWith('before<b>') && texts().at(-1).endsWith('after code end')"},
+		check{"`code` is code, in monospace", "(c => c.textContent === 'code' && /mono/i.test(getComputedStyle(c).fontFamily))($('#log .row:last-child code'))"},
+	)
+	p.send(frame(id(), "[10:00:00] 李雷: ```"))
+	b.hasText("```")
+
+	lines := strings.Repeat("line\n", 29) + "last"
+	p.send(frame(id(), "[10:00:00] 李雷: "+lines))
+	b.checks(check{"a long text shows twelve lines", `$('#log .more') && $('#log .more').textContent === 'Show all 30 lines' && texts().at(-1) === 'line\n'.repeat(11) + 'lineShow all 30 lines'`})
+	b.click("#log .more")
+	b.hasText(lines)
+
+	p.send(frame("0.abcdefgh", "hi there: from <redis-cli>"))
+	b.hasText("hi there: from <redis-cli>")
+	b.checks(check{"a foreign line is text without an author", "!$('#log .row:last-child .who')"})
+	p.send(frame(id(), "[10:00:00] שרה: שלום everybody"))
+	b.hasText("שלום everybody")
+	b.checks(check{"a text has its own direction", "getComputedStyle($('#log .row:last-child .text')).direction === 'rtl' && getComputedStyle($('#log .row:last-child')).direction === 'ltr'"})
+	p.send("event: gap\ndata:\n\n")
+	b.checks(check{"a gap is a line", "$('#log .gap') && $('#log .gap').textContent === 'Messages may be missing here'"})
+	p.send(frame("the-same-id-twice-1", "[10:00:00] 李雷: twice") + frame("the-same-id-twice-1", "[10:00:00] 李雷: twice"))
+	p.send(frame(id(), "[10:00:00] 李雷: after it"))
+	b.hasText("after it")
+	b.checks(check{"an id is shown once", "count('twice') === 1"})
+}
+
+var lastID int
+
+// id draws the next id for a frame.
+func id() string { lastID++; return fmt.Sprintf("id-of-a-test-%06d", lastID) }
+
+func TestPageIME(t *testing.T) {
+	b, p := visit(t)
+	key := func(kind string, code int) {
+		b.cdp("Input.dispatchKeyEvent", map[string]any{"type": kind, "key": "Enter", "code": "Enter",
+			"windowsVirtualKeyCode": code, "text": map[bool]string{true: "\r"}[kind == "keyDown"]})
+	}
+	compose := func(text string) {
+		b.cdp("Input.imeSetComposition", map[string]any{"text": text, "selectionStart": len(text), "selectionEnd": len(text)})
+	}
+	b.click("#text")
+	for text, order := range map[string]string{"你好": "keydown, compositionend", "世界": "compositionend, keydown"} {
+		p.set(func() { p.keys = nil })
+		compose("pinyin")
+		if order[0] == 'k' { // most browsers
+			js[any](b, `$('#text').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: 13, isComposing: true, bubbles: true, cancelable: true}))`)
+			b.cdp("Input.insertText", map[string]any{"text": text})
+		} else { // Safari
+			b.cdp("Input.insertText", map[string]any{"text": text})
+			key("rawKeyDown", 229)
+			key("keyUp", 13)
+		}
+		b.checks(check{"the Enter that confirms a word sends nothing (" + order + ")", "$('#text').value === '" + text + "'"})
+		if tries, _ := p.posts(); tries != 0 {
+			t.Errorf("%s: %d POSTs", order, tries)
+		}
+		key("keyDown", 13)
+		key("keyUp", 13)
+		b.checks(check{"the next Enter sends it once (" + order + ")", "$('#text').value === '' && count('" + text + "') === 1"})
+	}
+}
+
+func TestPageFaults(t *testing.T) {
+	b, p := visit(t)
+	fault := func(status int) { p.set(func() { p.status["/post"] = status }) }
+	once := func(text string) {
+		t.Helper()
+		b.waitFor("it arrives: "+text, 20*time.Second, "count(arguments[0]) >= 1", text)
+		b.checks(check{"once: " + text, fmt.Sprintf("count(%q) === 1 && !$('#unsent').children.length", text)})
+	}
+
+	p.set(func() { p.delay = 700 * time.Millisecond })
+	b.say("an echo")
+	b.checks(
+		check{"the row is there at once, as unsent", "$('#unsent .row[data-state=waiting] .text').textContent === 'an echo'"},
+		check{"outside the log", "!$('#log').contains($('#unsent'))"},
+	)
+	js[any](b, "window.echoAt = $('#unsent .text').getBoundingClientRect().top")
+	b.wait("it is in the log", "row('an echo')")
+	b.checks(check{"and stays where it is when it becomes a message", "Math.abs(row('an echo').querySelector('.text').getBoundingClientRect().top - echoAt) < 1"})
+	b.say("in order 1")
+	b.say("in order 2")
+	once("in order 1")
+	once("in order 2")
+	b.checks(check{"in order", "texts().indexOf('in order 1') === texts().indexOf('in order 2') - 1"})
+	p.set(func() { p.delay = 0 })
+
+	// Answers that are none.
+	p.set(func() { p.swallow, p.keys = true, nil })
+	b.say("answer lost")
+	once("answer lost")
+	p.set(func() { p.swallow = false })
+	p.set(func() { p.keys = nil })
+	for _, status := range []int{503, 429, 200} {
+		fault(status)
+		text := fmt.Sprintf("after %d", status)
+		b.say(text)
+		b.checks(check{"a refusal leaves it waiting", "$('#unsent .row[data-state=waiting]')"})
+		if status == 429 {
+			b.checks(check{"too fast says how long to wait", `/^Too fast\. Wait \d s\.$/.test($('#unsent .fate span').textContent)`})
+		}
+		fault(0)
+		once(text)
+	}
+	if tries, messages := p.posts(); messages != 3 || tries < 6 {
+		t.Errorf("three messages, each refused first: %d POSTs with %d different keys", tries, messages)
+	}
+
+	// Answers that are final.
+	for _, status := range []int{413, 422} {
+		fault(status)
+		b.say("to be given back")
+		b.checks(check{fmt.Sprintf("%d gives the text back and says why", status), "$('#text').value === 'to be given back' && $('#notice').textContent && !$('#unsent').children.length"})
+		js[any](b, "$('#text').value = ''")
+	}
+	fault(400)
+	b.say("refused")
+	b.checks(check{"what is refused says so", "$('#unsent .row[data-state=failed] .fate').innerText.replace(/\\s+/g, ' ') === 'Not sent Retry Delete'"})
+	fault(0)
+	b.say("passes it")
+	b.hasText("passes it")
+	b.click("#unsent [value=retry]")
+	once("refused")
+	fault(400)
+	b.say("deleted")
+	b.wait("it failed", "$('#unsent [data-state=failed]')")
+	b.click("#unsent [value=delete]")
+	b.checks(check{"Delete deletes", "!$('#unsent').children.length"})
+
+	// Time. The page's clock is put forward rather than waited for.
+	const clock = "window.late = arguments[0]; window.realNow ??= Date.now; Date.now = () => realNow() + late"
+	fault(503)
+	b.say("for a minute")
+	b.wait("waits", "$('#unsent [data-state=waiting]')")
+	js[any](b, clock, 61_000)
+	b.checks(check{"after a minute of a live connection it counts as not sent", "$('#unsent [data-state=failed]')"})
+	b.say("old")
+	b.wait("waits", "$('#unsent [data-state=waiting]')")
+	js[any](b, clock, 61_000+601_000)
+	b.checks(check{"after ten minutes it goes only by Retry", "$$('#unsent [data-state=failed]').length === 2"})
+	fault(0)
+	b.say("young")
+	b.hasText("young")
+	b.checks(check{"which the others wait for", "count('old') === 0 && $$('#unsent .row').length === 2"})
+	b.click("#unsent [value=retry]")
+	b.hasText("for a minute")
+	b.click("#unsent [value=retry]")
+	once("old")
+
+	// The server is away for five seconds, while somebody types; then the page is loaded again.
+	b.keys("#text", "a dra")
+	p.stop()
+	b.keys("#text", "ft")
+	lost := time.Now()
+	b.checks(check{"a short loss is not worth a banner", "state() === 'live'"})
+	b.wait("the banner", "state() === 'reconnecting'")
+	if d := time.Since(lost); d < 1500*time.Millisecond {
+		t.Errorf("the banner came after %v", d)
+	}
+	b.checks(check{"it says what it is", "$('#status').textContent === 'Connection lost. Reconnecting… You can keep writing.' && $('#status').getBoundingClientRect().width > innerWidth / 2"})
+	online := "Object.defineProperty(navigator, 'onLine', { value: arguments[0], configurable: true }); dispatchEvent(new Event(arguments[0] ? 'online' : 'offline'))"
+	js[any](b, online, false)
+	b.checks(check{"without a network it says so", "state() === 'offline' && $('#status').textContent === 'You are offline. Messages will be sent later.'"})
+	js[any](b, online, true)
+	b.checks(check{"and with one it tries again", "state() === 'reconnecting'"})
+	js[any](b, "$('#text').value = ''")
+	b.say("while away 1")
+	b.say("while away 2")
+	b.keys("#text", "a draft")
+	time.Sleep(time.Until(lost.Add(5 * time.Second)))
+	p.start()
+	b.waitFor("it comes back by itself", 20*time.Second, "state() === 'live'")
+	once("while away 1")
+	once("while away 2")
+	b.checks(check{"what was being typed is still there", "$('#text').value === 'a draft'"})
+
+	// An answer of 503 ends an EventSource for good.
+	p.set(func() { p.status["/stream"] = 503 })
+	p.stop()
+	p.start()
+	b.wait("lost", "state() === 'reconnecting'")
+	p.set(func() { p.status["/stream"] = 0 })
+	b.waitFor("it comes back after 503", 20*time.Second, "state() === 'live'")
+
+	// Reload with a draft and an outbox.
+	fault(503)
+	b.say(" and more")
+	b.wait("waits", "$('#unsent .row')")
+	b.keys("#text", "second draft")
+	b.open(p.url())
+	b.checks(check{"a reload keeps draft and outbox", "$('#text').value === 'second draft' && $('#unsent .text').textContent === 'a draft and more'"})
+	fault(0)
+	once("a draft and more")
+	fault(401)
+	b.say(" 401")
+	b.wait("the login page", "location.pathname === '/login'")
+	fault(0)
+	b.login(p.url(), "小明")
+	once("second draft 401")
+	b.keys("#text", "a draft of 小明")
+	b.open(p.url() + "/login")
+	b.login(p.url(), "Ada")
+	b.checks(check{"another name does not get the draft", "$('#text').value === ''"})
+
+	p.set(func() { p.status["/stream"] = 401 })
+	p.stop()
+	p.start()
+	b.wait("a stream that wants a session: the login page", "location.pathname === '/login'")
+}
+
+// Everything at once, by chance: what is written arrives once, and in order.
+func TestPageStorm(t *testing.T) {
+	b, p := visit(t)
+	seed := time.Now().UnixNano()
+	t.Logf("seed %d", seed)
+	chance := rand.New(rand.NewPCG(uint64(seed), 0))
+	const messages = 24
+	for i := range messages {
+		b.say(fmt.Sprintf("storm %d", i))
+		switch chance.IntN(6) {
+		case 0:
+			p.stop()
+			p.start()
+		case 1:
+			p.set(func() { p.swallow = !p.swallow })
+		case 2:
+			p.set(func() { p.status["/post"] = 503 - p.status["/post"] })
+		case 3:
+			p.set(func() { p.status["/stream"] = 503 - p.status["/stream"] })
+		case 4:
+			js[any](b, "location.reload()")
+		}
+		b.wait("the page", "document.readyState === 'complete' && $('#text')")
+	}
+	p.set(func() { p.swallow = false; clear(p.status) })
+	want := make([]string, messages)
+	for i := range want {
+		want[i] = fmt.Sprintf("storm %d", i)
+	}
+	b.waitFor("all arrive, once and in order", 40*time.Second,
+		"JSON.stringify(texts().filter((s) => s.startsWith('storm'))) === JSON.stringify(arguments[0]) && !$('#unsent').children.length", want)
+	b.open(p.url())
+	b.waitFor("also for a newcomer", 10*time.Second,
+		"JSON.stringify(texts().filter((s) => s.startsWith('storm'))) === JSON.stringify(arguments[0])", want)
+}
+
+// Back from another page, perhaps out of the browser's cache, whose stream is of unknown health.
+func TestPageBack(t *testing.T) {
+	b, p := visit(t)
+	b.say("before")
+	b.hasText("before")
+	other := httpClient(t, p.target, "Ada")
+	b.open(p.url() + "/login")
+	other("meanwhile")
+	call[any](b, "POST", "/back", nil)
+	b.hasText("meanwhile")
+	other("after")
+	b.hasText("after")
+	t.Log("from the cache:", js[bool](b, "return performance.getEntriesByType('navigation')[0].type !== 'back_forward'"))
+	b.checks(check{"each once", "count('before') === 1 && count('meanwhile') === 1 && count('after') === 1 && !$('.gap') && state() === 'live'"})
+}
+
+func TestPageHeldBack(t *testing.T) {
+	b, p := visit(t)
+	p.set(func() { p.hold, p.opened = true, nil })
+	b.say("before")
+	p.stop()
+	p.start()
+	b.waitFor("behind a relay that holds answers back the page is live", 30*time.Second,
+		"state() === 'live' && count('before') === 1")
+	other := httpClient(t, p.target, "Ada")
+	for i := range 3 {
+		text := fmt.Sprintf("through the relay %d", i)
+		other(text)
+		b.waitFor(text, 20*time.Second, "count(arguments[0]) === 1", text)
+		b.checks(check{"it stays live", "state() === 'live'"})
+	}
+	p.set(func() {
+		if !strings.Contains(strings.Join(p.opened, " "), "wait=25s") {
+			t.Errorf("streams were opened by %q", p.opened)
+		}
+	})
+}
+
+// httpClient logs in without a browser and returns a function that posts.
+func httpClient(t *testing.T, base, name string) func(text string) {
+	t.Helper()
+	jar, _ := cookiejar.New(nil)
+	client := &http.Client{Jar: jar, Timeout: 10 * time.Second}
+	post := func(path string, form url.Values) {
+		t.Helper()
+		res, err := client.PostForm(base+path, form)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode >= 300 {
+			t.Fatalf("POST %s: %s", path, res.Status)
+		}
+	}
+	post("/login", url.Values{"user": {name}})
+	return func(text string) { t.Helper(); post("/post", url.Values{"message": {text}}) }
+}
+
+func TestPageTabs(t *testing.T) {
+	b, p := visit(t)
+	first := b.tab()
+	for range 7 {
+		b.newTab()
+		b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+		b.open(p.url())
+		b.wait("live", "state() === 'live'")
+	}
+	b.say("from the eighth tab")
+	b.hasText("from the eighth tab")
+	p.set(func() {
+		if n := len(p.streams); n > 2 {
+			t.Errorf("eight tabs have %d streams", n)
+		}
+	})
+	b.toTab(first)
+	b.hasText("from the eighth tab")
+	b.newTab()
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+	b.open(p.url())
+	b.hasText("from the eighth tab") // a new tab gets the history
+
+	// Hidden: no work on the page, but a count in the title.
+	b.toTab(first)
+	js[any](b, "hide(true)")
+	p.send(frame(id(), "[10:00:00] 李雷: unseen 1") + frame(id(), "[10:00:00] 李雷: unseen 2"))
+	b.checks(
+		check{"the title counts what came unseen", "document.title === '(2) Chat room'"},
+		check{"the icon tells too", "$('#icon').href.endsWith('/assets/unread.svg')"},
+		check{"a hidden tab does no work on the page", "count('unseen 2') === 0"},
+	)
+	js[any](b, "hide(false)")
+	b.checks(
+		check{"a tab that is shown catches up", "count('unseen 1') === 1 && count('unseen 2') === 1"},
+		check{"and counts from nothing", "document.title === 'Chat room' && $('#icon').href.endsWith('/assets/favicon.svg')"},
+	)
+
+	// Log out in one tab: no other one may go on under a name it does not have.
+	second := b.newTab()
+	b.open(p.url())
+	b.wait("live", "document.body.dataset.state === 'live'")
+	b.click("#logout button")
+	b.wait("logged out", "location.pathname === '/login'")
+	b.toTab(first)
+	b.wait("the other tabs follow", "location.pathname === '/login'")
+	b.toTab(second)
+	b.keys("#user", "Ada\uE007")
+	b.wait("live", "document.body.dataset.state === 'live'")
+}
+
+func TestPageWithoutWorker(t *testing.T) {
+	b := startBrowser(t)
+	p := startPageRelay(t, startChat(t, "-rate", "0"))
+	without := func() {
+		b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + `
+			delete window.SharedWorker;
+			const every = window.setInterval; // half a minute becomes half a second
+			window.setInterval = (f, ms) => every(f, ms / 60);`})
+	}
+	streams := func(want int, what string) {
+		t.Helper()
+		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			p.mu.Lock()
+			n := len(p.streams)
+			p.mu.Unlock()
+			if n == want {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Errorf("%s: %d streams, want %d", what, n, want)
+				return
+			}
+		}
+	}
+	without()
+	b.login(p.url(), "小明")
+	first := b.tab()
+	js[any](b, "hide(true)")
+	time.Sleep(time.Second) // two of its looks around
+	streams(1, "a tab that is alone keeps its stream, hidden or not")
+	b.newTab()
+	without()
+	b.open(p.url())
+	b.wait("live", "state() === 'live'")
+	streams(1, "a hidden tab lets go when another one has a stream")
+	b.say("to the hidden one")
+	js[any](b, "hide(false)") // stays as it is, wherever the driver goes
+	b.toTab(first)
+	js[any](b, "hide(false)")
+	b.hasText("to the hidden one")
+	streams(2, "a tab that is shown takes one again")
+	js[any](b, "hide(true)")
+	streams(1, "and lets it go again")
+	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
+	call[any](b, "DELETE", "/window", nil)
+	b.toTab(first)
+	streams(1, "the last one takes the stream, hidden or not")
+
+	// A stream that is dead but looks open: whoever comes back to the page finds out.
+	js[any](b, "hide(false)")
+	var before int
+	p.set(func() { before = len(p.opened) })
+	js[any](b, "const now = Date.now; Date.now = () => now() + 25000; hide(false)")
+	p.opens(before, "after 25 s of silence, a look at the page opens a new stream")
+	p.set(func() {
+		if query := p.opened[len(p.opened)-1]; !strings.Contains(query, "after=") {
+			t.Errorf("reopened by %q", query)
+		}
+	})
+
+	// Eight tabs: the hidden ones let go, so that the next one loads.
+	for range 7 {
+		b.newTab()
+		without()
+		b.open(p.url())
+		b.wait("live", "state() === 'live'")
+		js[any](b, "hide(true)")
+	}
+	b.say("from the eighth tab")
+	b.toTab(first)
+	js[any](b, "hide(false)")
+	b.hasText("from the eighth tab")
+}
+
+// A server that has not found its room yet says "wait", and pings: that is not a connection.
+func TestPageWait(t *testing.T) {
+	b := startBrowser(t)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+	p := startPageRelay(t, startChat(t))
+	p.instead = "event: wait\ndata:\n\nevent: ping\ndata:\n\n"
+	b.open(p.url() + "/login")
+	b.keys("#user", "Ada\uE007")
+	b.wait("the page", "$('#log')")
+	p.opens(0, "a stream is opened")
+	time.Sleep(300 * time.Millisecond) // time to believe it
+	b.checks(check{"the page does not claim to be live, or the room to be empty", "state() === 'connecting' && !seen($('#empty'))"})
+	p.set(func() { p.instead = "" })
+	p.stop()
+	p.start()
+	b.wait("then it is, and says so", "state() === 'live' && seen($('#empty'))")
+}
+
+// A worker that never answers is one that the page does without.
+func TestPageDeadWorker(t *testing.T) {
+	b := startBrowser(t)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short +
+		`window.SharedWorker = class { port = { postMessage() {} } };
+		const later = window.setTimeout; // forty seconds become four
+		window.setTimeout = (f, ms) => later(f, ms > 30000 ? ms / 10 : ms);`})
+	p := startPageRelay(t, startChat(t))
+	b.login(p.url(), "小明")
+	b.say("without it")
+	b.hasText("without it")
+	p.opens(1, "silence for 38 s: a new stream")
+	b.checks(check{"which is live", "state() === 'live' && count('without it') === 1"})
+}
+
+func TestPageScroll(t *testing.T) {
+	b, p := visit(t)
+	many := func(n int, text string) {
+		var s strings.Builder
+		for i := range n {
+			s.WriteString(frame(id(), fmt.Sprintf("[10:%02d:%02d] %s: %s %d", i/60%60, i%60, []string{"Ada", "李雷"}[i%2], text, i)))
+			if i%1000 == 999 {
+				p.send(s.String())
+				s.Reset()
+			}
+		}
+		p.send(s.String())
+	}
+	many(300, "first")
+	b.hasText("first 299")
+	b.checks(
+		check{"the end is in sight", "bottom() < 2"},
+		check{"rows lie in sections of 50", "$$('#log > section').length === 6 && $$('#log > section').every((s) => s.children.length === 50 && getComputedStyle(s).contain === 'layout style')"},
+	)
+	js[any](b, "$('#log').scrollTop -= 40")
+	many(1, "near")
+	b.hasText("near 0")
+	b.checks(check{"within 48 px of the end it follows", "bottom() < 2 && !seen($('#pill'))"})
+
+	js[any](b, "$('#log').scrollTop = 2000")
+	b.wait("the scroll event", "bottom() > 48")
+	js[any](b, "return new Promise((f) => requestAnimationFrame(() => requestAnimationFrame(f)))")
+	many(1, "below")
+	b.checks(check{"one new message", "$('#pill').textContent === '1 new message' && seen($('#pill'))"})
+	many(2, "further below")
+	b.checks(
+		check{"a pill counts what is below", "$('#pill').textContent === '3 new messages'"},
+		check{"the reader is not moved", "$('#log').scrollTop === 2000"},
+	)
+	b.click("#pill")
+	b.checks(check{"the pill goes to the end, and goes", "bottom() < 2 && !seen($('#pill'))"})
+	js[any](b, "$('#log').scrollTop = 2000; $('#log').focus()")
+	b.keys("#log", "\uE010")
+	b.checks(check{"End goes to the end", "bottom() < 2"})
+	js[any](b, "$('#log').scrollTop = 2000")
+	b.wait("the scroll event", "bottom() > 48")
+	b.say("mine")
+	b.hasText("mine")
+	b.checks(check{"so does a message of one's own", "bottom() < 2"})
+
+	b.keys("#text", strings.Repeat("\uE008\uE007\uE000", 4))
+	b.checks(check{"the field grows, the end stays", "$('#text').offsetHeight > 100 && bottom() < 2"})
+	b.keys("#text", strings.Repeat("\uE008\uE007\uE000", 9))
+	b.checks(check{"to six lines", "$('#text').offsetHeight === 164 && bottom() < 2"})
+	b.size(400, 500)
+	b.checks(check{"a smaller window (rotation, keyboard) leaves the end in sight", "innerHeight === 500 && bottom() < 2"})
+	b.size(1280, 800)
+	js[any](b, "$('#text').value = ''")
+
+	js[any](b, "$('#log').scrollTop = 1000")
+	b.wait("the scroll event", "bottom() > 48")
+	js[any](b, "window.top1 = $$('#log .row').find((n) => n.getBoundingClientRect().top > 100); window.y1 = top1.getBoundingClientRect().top")
+	many(3000, "up")
+	b.waitFor("3000 more", 20*time.Second, "parseInt($('#pill').textContent) >= 3000")
+	b.checks(check{"nothing is dropped above somebody who reads", "$$('#log .row').length > 3300 && top1.isConnected && Math.abs(top1.getBoundingClientRect().top - y1) < 2"})
+	b.click("#pill")
+	many(20_000, "flood")
+	b.waitFor("20 000 messages", 60*time.Second, "texts().at(-1) === 'flood 19999'")
+	b.checks(
+		check{"leave at most 1050 rows", "$$('#log .row').length <= 1050 && $$('#log .row').length >= 1000"},
+		check{"the first of them shows its name", "!$('#log .row').classList.contains('follows')"},
+		check{"the end is in sight after 20 000", "bottom() < 2"},
+	)
+	p.send(frame(id(), "[11:00:00] Ada: calm"))
+
+	// At fifty messages a second, on a processor that is six times slower.
+	many(2000-1000, "rows")
+	b.hasText("rows 999")
+	b.cdp("Emulation.setCPUThrottlingRate", map[string]any{"rate": 6})
+	js[any](b, `
+		window.flushes = 0; window.frames = 0; window.from = performance.now();
+		new MutationObserver(() => flushes++).observe($('#log'), { childList: true, subtree: true });
+		requestAnimationFrame(function f() { frames++; requestAnimationFrame(f); })`)
+	var live any
+	for i := range 250 {
+		p.send(frame(id(), fmt.Sprintf("[11:00:00] %s: a message at fifty a second, number %d", []string{"Ada", "李雷", "小红"}[i%3], i)))
+		time.Sleep(20 * time.Millisecond)
+		if i == 200 {
+			live = js[any](b, "return $('#log').getAttribute('aria-live')")
+		}
+	}
+	rates := js[[]float64](b, "const s = (performance.now() - from) / 1000; return [frames / s, flushes / s]")
+	b.cdp("Emulation.setCPUThrottlingRate", map[string]any{"rate": 1})
+	t.Logf("50 messages a second, processor six times slower: %.0f frames, %.1f changes of the page a second", rates[0], rates[1])
+	if rates[1] > 10.5 {
+		t.Errorf("%.1f flushes a second", rates[1])
+	}
+	if live != "off" {
+		t.Errorf("at 50 messages a second aria-live is %v", live)
+	}
+	b.wait("all are there", "texts().at(-1).endsWith('number 249')")
+	time.Sleep(2100 * time.Millisecond)
+	p.send(frame(id(), "[11:00:00] Ada: calm again"))
+	b.checks(check{"when it is calm, messages are announced", "texts().at(-1) === 'calm again' && $('#log').getAttribute('aria-live') === 'polite'"})
+}
+
+func TestPageLooks(t *testing.T) {
+	b, p := visit(t)
+	long := strings.Repeat("WordWithoutEnd", 40)
+	p.send(frame(id(), "[10:00:00] Ada: "+long))
+	p.send(frame(id(), "[10:00:00] 李雷: ```\n"+long+"\n```\nhttps://example.com/"+long+" `"+long+"` plain"))
+	p.send(frame(id(), "[10:00:00] "+strings.Repeat("W", 24)+": hello"))
+	p.send(frame(id(), "[10:00:00] 小明: my own"))
+	p.send("event: gap\ndata:\n\n")
+	b.hasText("my own")
+	for _, colour := range []string{"light", "dark"} {
+		b.media(map[string]string{"prefers-color-scheme": colour})
+		b.colours(colour)
+	}
+	b.media(map[string]string{"forced-colors": "active"})
+	b.colours("forced colours")
+	b.checks(check{"with forced colours an own row still has its bar", "(s => parseInt(s.borderInlineStartWidth) >= 3 && s.borderInlineStartColor !== s.backgroundColor && s.borderInlineStartColor !== getComputedStyle(row('hello')).borderInlineStartColor)(getComputedStyle(row('my own')))"})
+	b.media(map[string]string{"prefers-reduced-motion": "reduce"})
+	p.set(func() { p.status["/post"] = 400 })
+	b.say("failed")
+	b.wait("failed", "$('#unsent [data-state=failed]')")
+	p.stop()
+	b.say("waits")
+	b.wait("the banner", "state() === 'reconnecting'")
+	b.checks(check{"nothing moves for who wants no motion", "document.getAnimations().length === 0"})
+	for _, colour := range []string{"light", "dark"} {
+		b.media(map[string]string{"prefers-color-scheme": colour})
+		b.colours(colour + ", lost")
+	}
+	b.widths("chat")
+	p.start()
+	b.open(p.url() + "/login")
+	js[any](b, "document.forms[0].noValidate = true; document.getElementById('user').value = 'a:b'; document.forms[0].submit()")
+	b.wait("an error", "$('#error')")
+	for _, colour := range []string{"light", "dark"} {
+		b.media(map[string]string{"prefers-color-scheme": colour})
+		b.colours(colour + ", login")
+	}
+	b.widths("login")
+}
+
+// widths looks for what is cut off, too small to touch, or too small to read.
+func (b *browser) widths(page string) {
+	b.t.Helper()
+	for _, w := range []int{320, 360, 390, 768, 1024, 1280} {
+		b.size(w, 700)
+		b.wait("the size", "innerWidth === arguments[0]", w)
+		got := js[[]string](b, `
+			const wrong = [];
+			if (document.scrollingElement.scrollWidth > innerWidth) wrong.push('the page scrolls sideways');
+			const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+			while (walk.nextNode()) {
+				const node = walk.currentNode, box = node.parentElement;
+				if (!node.data.trim() || !seen(box) || box.closest('template, noscript')) continue;
+				const range = document.createRange();
+				range.selectNodeContents(node);
+				const edge = box.closest('#log, #unsent, form, header, main') ?? document.body;
+				if (range.getBoundingClientRect().right > edge.getBoundingClientRect().left + edge.clientWidth + 1
+					&& getComputedStyle(box).textOverflow !== 'ellipsis' && !box.closest('.me'))
+					wrong.push('cut off: ' + node.data.trim().slice(0, 20));
+			}
+			for (const node of $$('button, nav a, input, textarea').filter(seen))
+				if (node.getBoundingClientRect().height < 44) wrong.push('not 44 px: ' + node.outerHTML.slice(0, 60));
+			for (const node of $$('input, textarea, #log .text'))
+				if (parseFloat(getComputedStyle(node).fontSize) < 16) wrong.push('under 16 px: ' + node.outerHTML.slice(0, 40));
+			for (const node of $$('#log .row')) if (node.clientWidth > 760) wrong.push('a line of ' + node.clientWidth + ' px');
+			const last = $('#form') ?? $('form');
+			if (last.getBoundingClientRect().bottom > innerHeight) wrong.push('the form is below the screen');
+			return wrong;`)
+		for _, wrong := range got {
+			b.t.Errorf("%s, %d px wide: %s", page, w, wrong)
+		}
+	}
+}
+
+// colours measures the contrast of every text that is seen.
+func (b *browser) colours(what string) {
+	b.t.Helper()
+	got := js[[]string](b, `
+		const parse = (c) => { const n = c.match(/[\d.]+/g).map(Number); return { rgb: n.slice(0, 3), a: n[3] ?? 1 }; };
+		const luminance = (rgb) => rgb.map((v) => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+			.reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+		const ground = (node) => { for (; node; node = node.parentElement) { const c = parse(getComputedStyle(node).backgroundColor);
+			if (c.a === 1) return c.rgb; } return [255, 255, 255]; };
+		const wrong = [];
+		let least = 99;
+		const measure = (name, colour, node) => {
+			const [a, b] = [luminance(parse(colour).rgb), luminance(ground(node))].sort((x, y) => y - x);
+			const ratio = (a + .05) / (b + .05);
+			least = Math.min(least, ratio);
+			if (ratio < 4.5) wrong.push(name + ': ' + ratio.toFixed(2));
+		};
+		const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+		let n = 0;
+		while (walk.nextNode()) {
+			const box = walk.currentNode.parentElement;
+			if (!walk.currentNode.data.trim() || !seen(box) || box.closest('button:disabled')) continue;
+			n++;
+			measure(walk.currentNode.data.trim().slice(0, 20), getComputedStyle(box).color, box);
+		}
+		for (const node of $$('[placeholder]')) measure('placeholder', getComputedStyle(node, '::placeholder').color, node);
+		if (n < 4) wrong.push('only ' + n + ' texts');
+		return wrong;`)
+	for _, wrong := range got {
+		b.t.Errorf("%s: contrast of %s", what, wrong)
+	}
+}
+
+func TestPageStructure(t *testing.T) {
+	for _, c := range []struct {
+		lang, html string
+		list       []check
+	}{
+		{"zh-CN,en", "zh", []check{
+			{"texts in Chinese", "document.title === '聊天室' && $('#text').placeholder === '输入消息' && $('#send').textContent === '发送' && $('#status').textContent === '已连接'"},
+		}},
+		{"en-US,zh", "en", []check{
+			{"texts in English", "document.title === 'Chat room' && $('#text').placeholder === 'Write a message' && $('#send').textContent === 'Send' && $('#status').textContent === 'Live'"},
+			{"the state is a status", "$('#status').role === 'status' && $('header').contains($('#status'))"},
+			{"one log, polite and named", "$$('[role=log]').length === 1 && $('[role=log]').ariaLive === 'polite' && $('[role=log]').ariaLabel"},
+			{"the log is the scroller", "getComputedStyle($('#log')).overflowY === 'auto' && $$('*').filter((n) => n.scrollHeight > n.clientHeight + 1 && /auto|scroll/.test(getComputedStyle(n).overflowY)).every((n) => n === $('#log'))"},
+			{"the field has a label, one row, a direction of its own", "$('label[for=text]').textContent === 'Message' && $('#text').rows === 1 && $('#text').dir === 'auto' && $('#text').name === 'message'"},
+			{"no maxlength, which cuts pastes", "$('#text').maxLength === -1"},
+			{"focus goes skip link, header, log, field, Send", "JSON.stringify($$('a, button, textarea, [tabindex]').filter((n) => !n.hidden).map((n) => n.id || n.className || n.textContent)) === JSON.stringify(['skip', 'wide', 'Lesson', 'Log out', 'log', 'text', 'send'])"},
+			{"a link to the lesson", "$('a[href=\"/lesson\"]')"},
+			{"no script, style or handler in the markup", "!$$('script:not([src]), style, [style]:not(#text), [onclick]').length"},
+			{"the viewport is the keyboard's too", "/interactive-widget=resizes-content/.test($('meta[name=viewport]').content)"},
+		}},
+		{"fr", "en", nil},
+	} {
+		b, p := visit(t, "--accept-lang="+c.lang)
+		if got := js[string](b, "return document.documentElement.lang"); got != c.html {
+			t.Errorf("Accept-Language %s: a page in %q, want %q", c.lang, got, c.html)
+		}
+		b.checks(c.list...)
+		if c.lang != "en-US,zh" {
+			continue
+		}
+		js[any](b, "document.activeElement.blur()")
+		b.keys("body", "\uE004")
+		b.checks(check{"the skip link is seen when it has the focus", "document.activeElement.matches('.skip') && seen($('.skip')) && $('.skip').getBoundingClientRect().top >= 0"})
+
+		b.open(p.url() + "/login")
+		b.checks(
+			check{"the last name is filled in", "$('#user').value === '小明'"},
+			check{"the field is labelled, required and has the focus", "$('label[for=user]').textContent === 'Your name' && $('#user').required && document.activeElement === $('#user')"},
+			check{"a name is not a word", "$('#user').autocomplete === 'nickname' && $('#user').getAttribute('autocapitalize') === 'off' && $('#user').getAttribute('spellcheck') === 'false' && $('#user').enterKeyHint === 'go'"},
+			check{"no script on the login page", "!$('script')"},
+		)
+		js[any](b, "$('#user').value = 'a:b'")
+		b.keys("#user", "\uE007")
+		b.checks(check{"a bad name is kept, and the reason said", "$('#user').value === 'a:b' && $('[role=alert]').textContent === 'This name has characters that cannot be used.' && $('#user').getAttribute('aria-describedby') === $('[role=alert]').id && $('#user').ariaInvalid === 'true'"})
+		js[any](b, "$('#user').value = '<b>\"&'; $('#user').form.submit()")
+		b.checks(check{"a name is text", "$('.me') && $('.me').textContent === '<b>\"&' && document.body.dataset.name === '<b>\"&'"})
+	}
+}
+
+func TestPageProjector(t *testing.T) {
+	b, p := visit(t)
+	b.size(1920, 1080)
+	b.open(p.url() + "/?view=projector")
+	b.wait("live", "state() === 'live'")
+	send := func(n int, text string) {
+		for i := range n {
+			p.send(frame(id(), fmt.Sprintf("[10:00:00] Ada: %s %d", text, i)))
+		}
+		b.hasText(fmt.Sprintf("%s %d", text, n-1))
+	}
+	send(40, "a line")
+	b.checks(
+		check{"no composer", "!$('textarea') && !$('#form')"},
+		check{"the room's address, at least 56 px", "/^http/.test($('.address b').textContent) && parseFloat(getComputedStyle($('.address b')).fontSize) >= 56"},
+		check{"big type", "parseFloat(getComputedStyle($('#log .text')).fontSize) >= 28"},
+		check{"the whole width", "$('#log .row').clientWidth > 1500"},
+		check{"the end in sight", "bottom() < 2"},
+	)
+	js[any](b, "$('#log').scrollTop = 100")
+	send(1, "after scrolling")
+	b.checks(check{"always at the end", "bottom() < 2"})
+	b.keys("body", " ")
+	send(5, "while paused")
+	b.checks(check{"Space pauses", "bottom() > 100 && $('#pill').textContent === 'Paused. Press Space to go on. 5 new messages'"})
+	b.keys("body", " ")
+	b.checks(check{"Space goes on", "bottom() < 2 && !seen($('#pill'))"})
+	b.size(1280, 720)
+	b.checks(check{"at 1280 px too", "parseFloat(getComputedStyle($('#log .text')).fontSize) >= 28 && document.scrollingElement.scrollWidth <= innerWidth && bottom() < 2"})
+}
+
+func TestPageClean(t *testing.T) {
+	b, p := visit(t)
+	b.say("a whole visit https://example.com/ `code`")
+	b.hasText("a whole visit https://example.com/ code")
+	js[any](b, "hide(true)")
+	p.send(frame(id(), "[10:00:00] Ada: unread"))
+	b.wait("unread", "document.title.startsWith('(1)')")
+	js[any](b, "hide(false)")
+	b.open(p.url() + "/?view=projector")
+	b.wait("live", "state() === 'live'")
+	b.open(p.url())
+	b.wait("live", "state() === 'live'")
+	b.click("#logout button")
+	b.wait("logged out", "location.pathname === '/login'")
+
+	type entry struct{ Level, Message string }
+	for _, e := range call[[]entry](b, "POST", "/se/log", map[string]any{"type": "browser"}) {
+		t.Errorf("the console says: %s %s", e.Level, e.Message)
+	}
+	origin := regexp.MustCompile(`"url":"([a-z]+:[^"]*)"`)
+	asked := 0
+	for _, e := range call[[]entry](b, "POST", "/se/log", map[string]any{"type": "performance"}) {
+		if !strings.Contains(e.Message, `"Network.requestWillBeSent"`) ||
+			strings.Contains(e.Message, `"documentURL":"chrome:`) { // the tab the browser starts with
+			continue
+		}
+		asked++
+		for _, m := range origin.FindAllStringSubmatch(e.Message, -1) {
+			if !strings.HasPrefix(m[1], p.url()) {
+				t.Errorf("a request to %s", m[1])
+			}
+		}
+	}
+	if asked < 10 {
+		t.Errorf("only %d requests were seen", asked)
+	}
+
+	// The size of the page: HTML, style and scripts as they come from the server.
+	jar, _ := cookiejar.New(nil)
+	client := &http.Client{Jar: jar}
+	total := 0
+	for _, path := range []string{"/login", "/", "/assets/chat.css", "/assets/chat.js", "/assets/stream.js"} {
+		res, err := client.PostForm(p.target+"/login", url.Values{"user": {"Ada"}})
+		if err == nil {
+			res.Body.Close()
+			res, err = client.Get(p.target + path)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(res.Body)
+		res.Body.Close()
+		if path != "/login" {
+			total += len(body)
+		}
+		for _, m := range regexp.MustCompile(`(?:src|href)="(/assets/[^"]*)"`).FindAllSubmatch(body, -1) {
+			if res, err := client.Get(p.target + string(m[1])); err != nil || res.StatusCode != 200 {
+				t.Errorf("%s names %s: %v %v", path, m[1], res.Status, err)
+			}
+		}
+	}
+	t.Logf("HTML, CSS and JS of the chat page: %d bytes", total)
+	if total > 60_000 {
+		t.Errorf("HTML, CSS and JS of the chat page: %d bytes", total)
+	}
+}
+
+// Every text is there in both languages, is used, and is what the templates and the script ask for.
+func TestPageStrings(t *testing.T) {
+	read := func(name string) string {
+		t.Helper()
+		b, err := os.ReadFile(filepath.Join("assets", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	var strs map[string]map[string]string
+	if err := json.Unmarshal([]byte(read("strings.json")), &strs); err != nil {
+		t.Fatal(err)
+	}
+	used := map[string]bool{"connecting": true, "live": true, "reconnecting": true, "offline": true, // T[state]
+		"name_empty": true, "name_long": true, "name_chars": true, "password_wrong": true, "too_many": true} // .Error
+	for _, m := range regexp.MustCompile(`(?:\.?\bT\.|say\(')([a-z_]+)`).FindAllStringSubmatch(
+		read("chat.html")+read("login.html")+read("chat.js"), -1) {
+		used[m[1]] = true
+	}
+	blank := regexp.MustCompile(`{[a-z]}`)
+	for key := range used {
+		for _, lang := range []string{"en", "zh"} {
+			if strings.TrimSpace(strs[lang][key]) == "" {
+				t.Errorf("%s lacks %q", lang, key)
+			}
+		}
+		if en, zh := blank.FindString(strs["en"][key]), blank.FindString(strs["zh"][key]); en != zh {
+			t.Errorf("%s has %q in English and %q in Chinese", key, en, zh)
+		}
+	}
+	for lang, table := range strs {
+		for key := range table {
+			if !used[key] {
+				t.Errorf("%s: nothing uses %q", lang, key)
+			}
+		}
+	}
 }
 
 // What the manual in main.go, README.md, -h and the files say must agree.

@@ -34,13 +34,14 @@ export function openStream(after, tell) {
   let quiet = true;         // no event since the connection was opened
   let errors = 0;           // errors since the last event
   let refusals = 0;         // answers that were none since the last event
-  let isDown = false;
+  let isDown = false, isClosed = false;
   let timer = 0;
   /** @type {EventSource} */
   let source;
 
   /** @param {string} mode see wait */
   function open(mode) {
+    if (isClosed) return;
     source?.close();
     wait = mode;
     quiet = true;
@@ -64,8 +65,10 @@ export function openStream(after, tell) {
     quiet = false;
     errors = refusals = 0;
     cursor = e.lastEventId || cursor;
-    if (e.type !== 'wait') isDown = false;
-    tell({ type: e.type, id: e.lastEventId, text: e.data });
+    // A ping without an id, before any message: the server itself is still waiting for its room.
+    const type = e.type === 'ping' && !e.lastEventId ? 'wait' : e.type;
+    if (type !== 'wait') isDown = false;
+    tell({ type, id: e.lastEventId, text: e.data });
     if (wait === '0' && e.type === 'ping') open('25s'); // short answers pass, streams do not
     else expect(SILENCE);
   }
@@ -100,8 +103,8 @@ export function openStream(after, tell) {
   /** Opens again after a pause that grows, and that is not the same for a whole class. */
   function later(seconds = 0) {
     source.close();
-    const pause = Math.max(seconds || 0, Math.min(15, 2 ** refusals++));
-    expect(pause * 1000 * (0.5 + Math.random() / 2), () => open(''));
+    const pause = Math.max(seconds || 0, Math.min(10, 2 ** refusals++ / 2));
+    expect(pause * 1000 * (1 + Math.random()), () => open(''));
   }
 
   function down() {
@@ -116,6 +119,7 @@ export function openStream(after, tell) {
       if (isDown || Date.now() - heard > (wait ? SILENCE : STALE)) open(wait === '25s' ? wait : '');
     },
     close() {
+      isClosed = true;
       clearTimeout(timer);
       source.close();
     },
