@@ -137,6 +137,7 @@ const (
 	probeTimeout   = 2 * time.Second        // within which it must come back
 	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
 	maxBackoff     = 2 * time.Second        // this
+	keyGrace       = 5 * time.Second        // for an older cookie key to come back
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
 
@@ -831,14 +832,20 @@ func cleanName(s string) (name, reason string) {
 }
 
 // A signer makes and checks the values of session cookies.
-type signer []byte
+type signer struct {
+	key  []byte
+	id   string    // names the key in a value, and tells nothing of it
+	sure time.Time // until then an older key may turn out to be the room's
+}
 
 // newSigner derives the signing key, so that another password is another key and ends every
 // session.
-func newSigner(key, password string) signer {
+func newSigner(key, password string, sure time.Time) *signer {
 	mac := hmac.New(sha256.New, []byte(key))
 	mac.Write([]byte("chat session v1" + password))
-	return mac.Sum(nil)
+	k := &signer{key: mac.Sum(nil), sure: sure}
+	k.id = k.mac("id")[:6]
+	return k
 }
 
 // A session is what a cookie says: who, until when, and which login it was.
@@ -847,34 +854,40 @@ type session struct {
 	expires  time.Time
 }
 
-// sign returns the cookie's value: version, expiry, id and name, and the MAC over these as they
-// stand. The name is encoded because http.SetCookie drops what is not ASCII.
-func (k signer) sign(s session) string {
-	body := fmt.Sprintf("v1.%d.%s.%s", s.expires.Unix(), s.id, base64.RawURLEncoding.EncodeToString([]byte(s.name)))
+// sign returns the cookie's value: version, key, expiry, id and name, and the MAC over these as
+// they stand. The name is encoded because http.SetCookie drops what is not ASCII.
+func (k *signer) sign(s session) string {
+	name := base64.RawURLEncoding.EncodeToString([]byte(s.name))
+	body := fmt.Sprintf("v1.%s.%d.%s.%s", k.id, s.expires.Unix(), s.id, name)
 	return body + "." + k.mac(body)
 }
 
-func (k signer) mac(body string) string {
-	mac := hmac.New(sha256.New, k)
+func (k *signer) mac(body string) string {
+	mac := hmac.New(sha256.New, k.key)
 	mac.Write([]byte(body))
 	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
 }
 
 // verify returns the session of a cookie's value. The MAC is compared as text, before anything
 // is decoded: base64 has several spellings of the same bytes.
-func (k signer) verify(value string, now time.Time) (s session, ok bool) {
+func (k *signer) verify(value string, now time.Time) (s session, ok bool) {
 	dot := strings.LastIndexByte(value, '.')
 	if dot < 0 || !hmac.Equal([]byte(k.mac(value[:dot])), []byte(value[dot+1:])) {
 		return s, false
 	}
 	part := strings.Split(value[:dot], ".")
-	if len(part) != 4 || part[0] != "v1" {
+	if len(part) != 5 || part[0] != "v1" {
 		return s, false
 	}
-	expires, err := strconv.ParseInt(part[1], 10, 64)
-	name, err2 := base64.RawURLEncoding.DecodeString(part[3])
-	s = session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}
+	expires, err := strconv.ParseInt(part[2], 10, 64)
+	name, err2 := base64.RawURLEncoding.DecodeString(part[4])
+	s = session{id: part[3], name: string(name), expires: time.Unix(expires, 0)}
 	return s, err == nil && err2 == nil && now.Before(s.expires)
+}
+
+// foreign tells whether a value names another key, which may yet turn out to be the room's.
+func (k *signer) foreign(value string, now time.Time) bool {
+	return now.Before(k.sure) && !strings.HasPrefix(value, "v1."+k.id+".")
 }
 
 // cookieName is the name of the session cookie. Ports of a host share their cookies, so there
@@ -950,7 +963,7 @@ type broker struct {
 	channel string
 	key     string // cookie key to share; "" until it is known
 	ownKey  bool   // the key came from CHAT_KEY and stays out of Redis
-	gotKey  func(key string)
+	gotKey  func(key string, sure time.Time)
 	log     *Log
 	logf    func(format string, args ...any)
 
@@ -979,7 +992,7 @@ var (
 	errForgot    = errors.New("the history was replaced")
 )
 
-func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
+func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string, time.Time)) *broker {
 	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
 		gotKey: gotKey, log: l, logf: logf, posts: make(chan *post), away: errNotJoined, base: "0", start: time.Now()}
 }
@@ -1123,7 +1136,8 @@ func (b *broker) dial(ctx context.Context) (redis.Conn, error) {
 // shareKey agrees with the other processes on the key of the cookies: the first one draws it,
 // and whoever holds it puts it back, in case Redis forgot. A key begins with the time at which
 // it was drawn: of two, one of which was drawn while Redis had forgotten the other, the older
-// is the room's, and the other processes are made to join again.
+// is the room's, and the other processes are made to join again. For that there is a while
+// after a key was drawn.
 func (b *broker) shareKey(c redis.Conn) error {
 	if b.ownKey {
 		return nil
@@ -1141,7 +1155,11 @@ func (b *broker) shareKey(c redis.Conn) error {
 		return fmt.Errorf("%s is empty", name)
 	case b.key == "" || found < b.key:
 		b.key = found
-		b.gotKey(found)
+		sure := time.Now()
+		if found == drawn { // perhaps by a process that was faster than those who know
+			sure = sure.Add(keyGrace)
+		}
+		b.gotKey(found, sure)
 	case found != b.key:
 		c.Send("SET", name, b.key)
 		_, err = c.Do("PUBLISH", b.channel+":probe", rewritten)
@@ -1517,10 +1535,7 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 		s.logins = limiter{every: time.Second / 5, burst: 400}
 		s.guesses = limiter{every: time.Second, burst: 20}
 	}
-	setKey := func(key string) {
-		k := newSigner(key, cfg.password)
-		s.signer.Store(&k)
-	}
+	setKey := func(key string, sure time.Time) { s.signer.Store(newSigner(key, cfg.password, sure)) }
 	if cfg.redis != nil {
 		s.log = newLog(cfg.history, unknownGrace)
 		s.broker = newBroker(cfg, s.log, logf, setKey)
@@ -1529,7 +1544,7 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 		s.log.join()
 	}
 	if cfg.key != "" || cfg.redis == nil {
-		setKey(cmp.Or(cfg.key, rand.Text()+rand.Text()))
+		setKey(cmp.Or(cfg.key, rand.Text()), time.Now())
 	}
 	s.mux = s.routes()
 	host, _ := os.Hostname()
@@ -1719,12 +1734,16 @@ func (s *server) identify(r *http.Request) (session, identity) {
 	if k == nil {
 		return session{}, pending
 	}
+	now, who := time.Now(), invalid
 	for _, v := range values {
-		if sess, ok := k.verify(v, time.Now()); ok {
+		if sess, ok := k.verify(v, now); ok {
 			return sess, member
 		}
+		if k.foreign(v, now) {
+			who = pending
+		}
 	}
-	return session{}, invalid
+	return session{}, who
 }
 
 const cannotTell = "the room cannot tell who you are until Redis is back"

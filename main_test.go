@@ -1212,7 +1212,7 @@ func TestCleanName(t *testing.T) {
 }
 
 func TestSession(t *testing.T) {
-	k, now := newSigner("key", ""), time.Unix(1_800_000_000, 0)
+	k, now := newSigner("key", "", time.Time{}), time.Unix(1_800_000_000, 0)
 	who := session{id: "abc", name: "小明 [.]", expires: now}
 	value := k.sign(who)
 	if got, ok := k.verify(value, now.Add(-time.Nanosecond)); !ok || got != who {
@@ -1222,8 +1222,8 @@ func TestSession(t *testing.T) {
 		t.Error("an expired session is accepted")
 	}
 	before := now.Add(-time.Second)
-	for name, other := range map[string]signer{"key": newSigner("other", ""), "password": newSigner("key", "secret"),
-		"label": signer("key")} {
+	for name, other := range map[string]*signer{"key": newSigner("other", "", time.Time{}), "password": newSigner("key", "secret", time.Time{}),
+		"label": {key: []byte("key")}} {
 		if _, ok := other.verify(value, before); ok {
 			t.Errorf("a session under another %s is accepted", name)
 		}
@@ -1393,9 +1393,9 @@ func checkFrame(t *testing.T, m message) {
 
 // FuzzCookie: a value that verifies is one that was signed.
 func FuzzCookie(f *testing.F) {
-	k, now := newSigner("key", "password"), time.Unix(1_800_000_000, 0)
+	k, now := newSigner("key", "password", time.Time{}), time.Unix(1_800_000_000, 0)
 	signed := k.sign(session{id: "abc", name: "小明", expires: now.Add(time.Hour)})
-	for _, s := range []string{signed, "", ".", "v1....", "v1.9999999999.a.b." + k.mac("v1.9999999999.a.b"), signed + "A", signed[1:]} {
+	for _, s := range []string{signed, "", ".", "v1.....", "v1.x.9999999999.a.b." + k.mac("v1.x.9999999999.a.b"), signed + "A", signed[1:]} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, value string) {
@@ -1432,7 +1432,7 @@ func TestOlderKeyIsTheRooms(t *testing.T) {
 			if string(found) != test.want || newClient(t, room.url).get("/healthz").status != http.StatusOK {
 				return false
 			}
-			_, ok := newSigner(test.want, "").verify(newClient(t, room.url).login("小明").session().Value, time.Now())
+			_, ok := newSigner(test.want, "", time.Time{}).verify(newClient(t, room.url).login("小明").session().Value, time.Now())
 			return ok
 		})
 	}
@@ -4040,6 +4040,30 @@ func TestForgottenWhileCutOff(t *testing.T) {
 	}
 }
 
+// TestPostWhileListIsWritten has a room write back what Redis forgot, and another take a
+// message between its reading of the list and its writing.
+func TestPostWhileListIsWritten(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	line := newRelay(t, r.addr)
+	one := newClient(t, startRoom(t, "-redis", line.addr).joined().url)
+	one.say("before")
+	line.cut()
+	r.do("DEL", "chat:history")
+	two := one.at(r.room().url)
+	writing := line.holdBefore("DEL")
+	line.mend()
+	eventually(t, "the first room to begin writing", writing)
+	two.say("meanwhile")
+	line.release()
+	eventually(t, "the first room to be back", one.healthy)
+	for _, c := range []*client{one, one.at(r.room().url)} {
+		if got := slices.Sorted(slices.Values(c.newcomer())); !slices.Equal(got, []string{"before", "meanwhile"}) {
+			t.Errorf("a newcomer gets %q, want both messages", got)
+		}
+	}
+}
+
 // TestKeyDrawnTwice starts a process on a Redis that forgot the key of the cookies, while the
 // one that knows it is cut off. Sessions of before must hold everywhere once it is back.
 func TestKeyDrawnTwice(t *testing.T) {
@@ -4171,6 +4195,7 @@ type relay struct {
 	off   bool          // it takes no connections
 	late  bool          // it passes on an answer only when that has ended
 	held  chan struct{} // when not nil, nothing passes until this is closed
+	stop  []byte        // when not nil, a request that holds this makes it hold
 	word  []byte        // when not nil, a request that holds this makes it deaf
 	deaf  bool          // the next bytes of the server end all connections instead
 }
@@ -4221,6 +4246,19 @@ func (r *relay) hold() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.held = make(chan struct{})
+}
+
+// holdBefore holds as soon as somebody asks for word, which does not pass. It returns what
+// tells whether that is so.
+func (r *relay) holdBefore(word string) (held func() bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stop = []byte(word)
+	return func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.held != nil
+	}
 }
 
 func (r *relay) release() {
@@ -4314,6 +4352,9 @@ func (r *relay) copy(to, from net.Conn, answer bool) {
 // only with all that follows.
 func (r *relay) lets(chunk []byte, answer bool) (passes, late bool) {
 	r.mu.Lock()
+	if !answer && r.stop != nil && bytes.Contains(chunk, r.stop) {
+		r.stop, r.held = nil, make(chan struct{})
+	}
 	held := r.held
 	if !answer && r.word != nil && bytes.Contains(chunk, r.word) {
 		r.word, r.deaf = nil, true
