@@ -518,8 +518,8 @@ func (l *Log) append(m message) {
 	}
 }
 
-// merge takes in what the room's list in Redis holds and this log lacks, and reports whether the
-// list has every announced message of the log. What stands in the list before all that is known
+// merge takes in what the first upTo messages of the room's list in Redis hold and this log
+// lacks, and reports whether the list has every announced message of the log. What stands in the list before all that is known
 // here is older than this log, and stays out.
 //
 // A gap comes first when the log has missed something for good: when its newest message is not
@@ -527,17 +527,17 @@ func (l *Log) append(m message) {
 // stands before one it has. Then the processes disagree on what comes before the messages taken,
 // unless the log was just away for a whole list, and a reader that comes with one of their ids
 // has to be told as well.
-func (l *Log) merge(list []message) (complete bool) {
+func (l *Log) merge(list []message, upTo int) (complete bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	defer l.broadcast()
 	// All is looked up before anything is added, since adding pushes the oldest out.
 	listed, met, gap := map[string]bool{}, false, false
 	var missing []message
-	for _, m := range list {
+	for i, m := range list {
 		_, known := l.index[m.id]
 		switch {
-		case listed[m.id]: // a second attempt of the same post
+		case listed[m.id] || !known && i >= upTo: // a second attempt of the same post, or not yet
 		case known && !met:
 			met, missing = true, nil
 		case known:
@@ -1226,7 +1226,7 @@ func fromRedis(raw string) string {
 	return line
 }
 
-// takeList takes the list into the log, up to head: what stands behind it comes by the
+// takeList takes the list into the log, up to head: what stands behind that comes by the
 // subscription too, in its place among the foreign lines. When the list lacks some of the log,
 // Redis has forgotten, and the log is written back. It returns the probe that was published
 // at the moment of the list that was taken or written.
@@ -1241,7 +1241,7 @@ func (b *broker) takeList(c redis.Conn, head string) (probe string, err error) {
 			return "", err
 		}
 		list, err := parseList(replies[0])
-		if err != nil || b.log.merge(upTo(list, head)) {
+		if err != nil || b.log.merge(list, seam(list, head)) {
 			return probe, err
 		}
 		probe = rand.Text() // what went before it is older than the list now
@@ -1268,7 +1268,7 @@ func (b *broker) writeList(c redis.Conn, probe string) error {
 	if err != nil {
 		return err
 	}
-	if b.log.merge(list) {
+	if b.log.merge(list, len(list)) {
 		_, err = c.Do("UNWATCH")
 		return cmp.Or(err, redis.ErrNil)
 	}
@@ -1286,17 +1286,17 @@ func (b *broker) writeList(c redis.Conn, probe string) error {
 // list or the key was written back.
 const rewritten = "rewritten "
 
-// upTo returns the list up to the last message with the id, all of it if there is none.
-func upTo(list []message, id string) []message {
+// seam returns how many messages the list had when head was its newest.
+func seam(list []message, head string) int {
+	if head == "" {
+		return 0
+	}
 	for i, m := range slices.Backward(list) {
-		if m.id == id {
-			return list[:i+1]
+		if m.id == head {
+			return i + 1
 		}
 	}
-	if id == "" {
-		return nil // the list was empty then
-	}
-	return list
+	return len(list) // head was pushed out since
 }
 
 // follow appends what the subscription brings, and returns when it breaks. The publishes of one

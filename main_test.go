@@ -927,7 +927,7 @@ func TestLogMerge(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			l := newTestLog(t, ringSize, test.held)
 			for again := range 2 { // the second time changes nothing
-				if got := l.merge(test.list); got != test.complete {
+				if got := l.merge(test.list, len(test.list)); got != test.complete {
 					t.Errorf("merge %d: complete is %v, want %v", again, got, test.complete)
 				}
 			}
@@ -942,12 +942,33 @@ func TestLogMerge(t *testing.T) {
 	}
 }
 
+// What stands in the list behind the seam comes by the subscription: it is not taken, and the
+// list is as full and as complete as it is with it.
+func TestLogMergeUpToTheSeam(t *testing.T) {
+	list := numbered(50, ringSize)
+	for held, want := range map[int][]string{ringSize + 40: {"line 4136"}, ringSize + 45: nil} {
+		l := newTestLog(t, 10, numbered(0, held))
+		c := l.find(testID(held - 1)).cursor
+		if !l.merge(list, seam(list, testID(ringSize+40))) {
+			t.Errorf("with %d held the list counts as incomplete", held)
+		}
+		if got := drain(l, &c); !slices.Equal(got, want) {
+			t.Errorf("with %d held: got %q, want %q", held, got, want)
+		}
+	}
+	for head, want := range map[string]int{"": 0, testID(50): 1, testID(ringSize + 49): ringSize, testID(7): ringSize} {
+		if got := seam(list, head); got != want {
+			t.Errorf("the seam at %q: got %d, want %d", head, got, want)
+		}
+	}
+}
+
 // A full ring that a foreign line has pushed the oldest message out of must not take it for new.
 func TestLogDoesNotTakeTheOldestForNew(t *testing.T) {
 	full := numbered(0, ringSize)
 	l := newTestLog(t, 10, full, []message{{testID(ringSize-1) + ".abcdefgh", "foreign"}})
 	c := l.find(testID(ringSize - 1)).cursor
-	if !l.merge(full) {
+	if !l.merge(full, len(full)) {
 		t.Error("the list lacks nothing, but is not complete")
 	}
 	if got, want := drain(l, &c), []string{"foreign"}; !slices.Equal(got, want) {
@@ -959,7 +980,7 @@ func TestLogDoesNotTakeTheOldestForNew(t *testing.T) {
 // gap stands for.
 func TestLogIsUnsureBehindAGap(t *testing.T) {
 	l := newTestLog(t, 2, numbered(0, 2))
-	l.merge(append(numbered(0, 1), numbered(5, 1)...))
+	l.merge(append(numbered(0, 1), numbered(5, 1)...), 2)
 	l.append(message{testID(6), "line 6"})
 	for id, want := range map[int][]string{1: {"gap", "line 5", "line 6"}, 5: {"gap", "line 5", "line 6"}, 6: nil} {
 		c := l.find(testID(id)).cursor
@@ -973,7 +994,7 @@ func TestLogIsUnsureBehindAGap(t *testing.T) {
 func TestLogAwayForAFullList(t *testing.T) {
 	for _, shared := range []int{0, 1, 100} {
 		l := newTestLog(t, 10, numbered(0, 50+shared))
-		if !l.merge(numbered(50, ringSize)) {
+		if !l.merge(numbered(50, ringSize), ringSize) {
 			t.Errorf("a full list that has %d of the messages held counts as incomplete", shared)
 		}
 	}
@@ -981,7 +1002,7 @@ func TestLogAwayForAFullList(t *testing.T) {
 
 func TestLogOfAFullListMayHaveLostItsHead(t *testing.T) {
 	l := newTestLog(t, 1)
-	l.merge(numbered(0, ringSize))
+	l.merge(numbered(0, ringSize), ringSize)
 	c := l.find("0").cursor
 	if got, want := drain(l, &c), []string{"gap", fmt.Sprint("line ", ringSize-1)}; !slices.Equal(got, want) {
 		t.Errorf("cursor 0: got %q, want %q", got, want)
@@ -3980,7 +4001,7 @@ func TestAnswerOfExecLost(t *testing.T) {
 	line.breakAfter(keyOf("lost"))
 	c.refused("lost", 5*time.Second)
 	eventually(t, "EXEC to have run", func() bool { return len(r.history()) == 2 })
-	eventually(t, "the room to join again", c.healthy)
+	eventually(t, "the room to join again", func() bool { return len(room.changes()) == 3 })
 	for range 2 {
 		if got := c.postKey(keyOf("lost"), "lost"); got != 204 {
 			t.Errorf("the second attempt: got %d, want 204", got)
@@ -4438,7 +4459,7 @@ type mix struct {
 	rooms    []*room  // the processes
 	accepted []string // ids, each answered with 204
 
-	refused, unanswered, reconnects, faults atomic.Int64
+	refused, unanswered, others, reconnects, faults atomic.Int64
 }
 
 func newMix(t *testing.T, seed uint64, r *redisServer, keeps bool) *mix {
@@ -4510,7 +4531,9 @@ func (m *mix) whole() {
 	}
 }
 
-func (m *mix) pause(low, high time.Duration) { time.Sleep(low + rand.N(high-low)) }
+func (m *mix) pause(low, high time.Duration) {
+	time.Sleep(low + time.Duration(m.rand.Int64N(int64(high-low))))
+}
 
 // disturb does something to Redis, or to a process, or to both at a time.
 func (m *mix) disturb() {
@@ -4605,7 +4628,9 @@ func (w *mixWriter) send(id string) bool {
 	case 503:
 		w.refused.Add(1)
 	default:
-		w.t.Errorf("%s at %s: got %d, want 204 or 503", id, c.url, resp.StatusCode)
+		if w.others.Add(1) <= 5 {
+			w.t.Errorf("%s at %s: got %d, want 204 or 503", id, c.url, resp.StatusCode)
+		}
 	}
 	return false
 }
@@ -4721,8 +4746,8 @@ func (m *mix) judge() {
 	if m.keeps && gaps > 0 {
 		m.t.Errorf("%d gaps were told although Redis kept everything", gaps)
 	}
-	m.t.Logf("%d faults: %d accepted, %d lost, %d doubled, %d gaps, %d times connected, %d posts refused with 503, %d unanswered",
-		m.faults.Load(), len(m.accepted), lost, doubled, gaps, m.reconnects.Load(), m.refused.Load(), m.unanswered.Load())
+	m.t.Logf("%d faults: %d accepted, %d lost, %d doubled, %d gaps, %d times connected, %d posts refused with 503, %d unanswered, %d answered otherwise",
+		m.faults.Load(), len(m.accepted), lost, doubled, gaps, m.reconnects.Load(), m.refused.Load(), m.unanswered.Load(), m.others.Load())
 }
 
 // quietReader asks for /stream on a connection with little room and reads nothing by itself.
@@ -4733,7 +4758,7 @@ func quietReader(t testing.TB, url string) net.Conn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	conn.(*net.TCPConn).SetReadBuffer(8 << 10)
+	conn.(*net.TCPConn).SetReadBuffer(64 << 10)
 	io.WriteString(conn, "GET /stream HTTP/1.1\r\nHost: test\r\n\r\n")
 	return conn
 }
@@ -4851,8 +4876,8 @@ func TestReadersThatNeverRead(t *testing.T) {
 	if slowest > 2*time.Second {
 		t.Errorf("somebody else's message took %v", slowest)
 	}
-	if cost := p.unsent(); cost > 64<<10 || cost < 4<<10 {
-		t.Errorf("the kernel keeps %d bytes for one of them, want some and at most 64 KB", cost)
+	if cost := p.unsent(); cost > 64<<10+pageSize || cost < 4<<10 {
+		t.Errorf("the kernel keeps %d bytes for one of them, want some and at most 64 KB and the last write", cost)
 	}
 	if cost := (p.resident() - before) / readers; cost > 64 {
 		t.Errorf("each of them costs %d KB, want at most 64", cost)
@@ -4874,7 +4899,6 @@ func TestSlowReader(t *testing.T) {
 	}
 	c := newClient(t, startRoom(t).url)
 	conn := quietReader(t, c.url)
-	conn.(*net.TCPConn).SetReadBuffer(16 << 10)
 	slow, feed := io.Pipe()
 	defer slow.Close()
 	go func() {
@@ -5864,8 +5888,8 @@ func TestPageTwoPeople(t *testing.T) {
 
 	a.keys("#text", "one\uE008\uE007\uE000two")
 	a.checks(check{"Shift+Enter breaks the line", `$('#text').value === 'one\ntwo' && count('one\ntwo') === 0`})
-	a.keys("#text", "\uE009\uE007\uE000")
-	a.checks(check{"Ctrl+Enter sends", `count('one\ntwo') === 1 && getComputedStyle(row('one\ntwo').lastElementChild).whiteSpace.startsWith('pre-wrap')`})
+	a.keys("#text", "\uE009\uE008\uE007\uE000")
+	a.checks(check{"Ctrl+Enter always sends, with Shift too", `count('one\ntwo') === 1 && getComputedStyle(row('one\ntwo').lastElementChild).whiteSpace.startsWith('pre-wrap')`})
 	a.keys("#text", "\uE013")
 	a.checks(check{"↑ in an empty field brings back the last message", `$('#text').value === 'one\ntwo'`})
 	js[any](a, "$('#text').value = ''")
@@ -5884,6 +5908,10 @@ func TestPageTwoPeople(t *testing.T) {
 	js[any](a, "$('#text').value = '界'.repeat(4000); $('#text').dispatchEvent(new Event('input'))")
 	a.keys("#text", "\uE007")
 	a.checks(check{"4000 go through", "count('界'.repeat(4000)) === 1"})
+
+	if tries, messages := p.posts(); tries != 6 || messages != 6 {
+		t.Errorf("six messages, none blank, none too long: %d POSTs, %d keys", tries, messages)
+	}
 
 	js[any](a, `navigator.clipboard === undefined || console.error('a secure context')`)
 	a.click("#logout button")
