@@ -123,7 +123,7 @@ const (
 	heartbeat    = 15 * time.Second // silence after which every stream gets a ping
 	writeTimeout = 30 * time.Second // for a reader to take one page
 	writeRenew   = 15 * time.Second // how late a write's deadline may be, to set it rarely
-	sendBuffer   = 32 << 10         // bytes the kernel keeps for a reader; Linux doubles it
+	sendBuffer   = 24 << 10         // bytes the kernel keeps for a reader; Linux doubles it
 	unknownGrace = 2 * time.Second  // how long an unknown id may be on its way from Redis
 	maxWait      = time.Minute      // longest ?wait=
 	maxPoll      = 64 << 10         // bytes after which a long poll ends though there is more
@@ -344,42 +344,59 @@ func versionLine() string {
 	return "chat " + version + commit + ", " + info.GoVersion
 }
 
-// cause strips the address and the system call from a network error.
+// cause strips the address, the system call and the name server from a network error.
 func cause(err error) error {
 	var sys *os.SyscallError
-	if errors.As(err, &sys) {
+	var dns *net.DNSError
+	switch {
+	case errors.As(err, &sys):
 		return sys.Err
+	case errors.As(err, &dns):
+		return errors.New(dns.Err)
 	}
 	return err
 }
 
 // roomURLs lists the addresses at which the room can be opened, the likeliest first: this
-// machine, then the address it would use towards others, then its further interfaces.
+// machine, then networks with neighbours, of these the one that leads out, then tunnels. IPv6,
+// which nobody types, only where there is nothing else.
 func roomURLs(addr net.Addr) []string {
 	tcp := addr.(*net.TCPAddr)
 	at := func(host string) string { return "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port)) }
 	if !tcp.IP.IsUnspecified() {
 		return []string{at(tcp.IP.String())}
 	}
-	var ips []netip.Addr
+	out := ""
 	// Connecting a UDP socket sends nothing; it asks the kernel for a route.
 	if c, err := net.Dial("udp4", "192.0.2.1:9"); err == nil {
-		ips = append(ips, c.LocalAddr().(*net.UDPAddr).AddrPort().Addr())
+		out, _, _ = net.SplitHostPort(c.LocalAddr().String())
 		c.Close()
 	}
-	all, _ := net.InterfaceAddrs()
-	for _, a := range all {
-		prefix, err := netip.ParsePrefix(a.String())
-		if ip := prefix.Addr(); err == nil && ip.IsGlobalUnicast() && (ip.Is4() || tcp.IP.To4() == nil) {
-			ips = append(ips, ip)
+	var likely, others, v6 []string
+	links, _ := net.Interfaces()
+	for _, link := range links {
+		addrs, _ := link.Addrs()
+		for _, a := range addrs {
+			prefix, _ := netip.ParsePrefix(a.String())
+			ip, shared := prefix.Addr(), link.Flags&net.FlagBroadcast != 0
+			switch url := at(ip.String()); {
+			case !ip.IsGlobalUnicast() || link.Flags&net.FlagRunning == 0: // no cable, or a bridge to nothing
+			case ip.Is6():
+				v6 = append(v6, url)
+			case shared && ip.String() == out:
+				likely = slices.Insert(likely, 0, url)
+			case shared:
+				likely = append(likely, url)
+			default:
+				others = append(others, url)
+			}
 		}
 	}
-	slices.SortStableFunc(ips, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
-	urls := []string{at("localhost")}
-	for _, ip := range ips {
-		if u := at(ip.String()); !slices.Contains(urls, u) {
-			urls = append(urls, u)
-		}
+	urls := slices.Concat([]string{at("localhost")}, likely, others)
+	if len(urls) == 1 && out != "" { // Android does not list its interfaces
+		urls = append(urls, at(out))
+	} else if len(urls) == 1 && tcp.IP.To4() == nil {
+		urls = append(urls, v6...)
 	}
 	return urls
 }
