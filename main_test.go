@@ -6819,6 +6819,404 @@ func TestPageStrings(t *testing.T) {
 	}
 }
 
+// blocks returns what README.md has between fences of this language.
+func blocks(t testing.TB, language string) []string {
+	t.Helper()
+	all := allMatches(regexp.MustCompile("(?ms)^```"+language+"\n(.*?)^```$"), readFile(t, "README.md"))
+	if len(all) == 0 {
+		t.Fatalf("README.md has no ```%s", language)
+	}
+	return all
+}
+
+// adapt replaces each old text, which must be there, by the new one that follows it.
+func adapt(t testing.TB, text string, oldnew ...string) string {
+	t.Helper()
+	for i := 0; i < len(oldnew); i += 2 {
+		if !strings.Contains(text, oldnew[i]) {
+			t.Fatalf("no %q in\n%s", oldnew[i], text)
+		}
+		text = strings.ReplaceAll(text, oldnew[i], oldnew[i+1])
+	}
+	return text
+}
+
+func writeFile(t testing.TB, path, text string) string {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// start runs a program until the test ends, which shows its output if it failed.
+func start(t testing.TB, cmd *exec.Cmd) *output {
+	t.Helper()
+	var out output
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("%s:\n%s", cmd.Path, out.String())
+		}
+	})
+	return &out
+}
+
+// A proxied room is two processes, on the two addresses that a proxy knows.
+type proxied struct {
+	t         testing.TB
+	redis     *redisServer
+	ports     [2]string
+	processes [2]*room
+}
+
+func startProxied(t testing.TB) *proxied {
+	t.Helper()
+	p := &proxied{t: t, redis: startRedis(t)}
+	for i := range p.ports {
+		p.ports[i] = freePort(t)
+		p.begin(i)
+	}
+	return p
+}
+
+func (p *proxied) begin(i int) {
+	p.t.Helper()
+	p.processes[i] = startProcess(p.t, "-addr", "127.0.0.1:"+p.ports[i], "-redis", p.redis.addr).joined()
+}
+
+// through is a client that speaks HTTP/2 to the proxy, once that answers.
+func (p *proxied) through(url string) *client {
+	p.t.Helper()
+	c := newClient(p.t, url)
+	transport := c.http.Transport.(*http.Transport)
+	transport.TLSClientConfig = &tls.Config{InsecureSkipVerify: true} // the test made the certificate
+	transport.ForceAttemptHTTP2 = true
+	eventually(p.t, "the proxy to answer", func() bool {
+		resp, err := c.send(context.Background(), "GET", "/healthz", "")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		return resp.StatusCode == 200 && resp.ProtoMajor == 2
+	})
+	return c
+}
+
+// follow reads the room as a browser does, coming back with the last id, until the message
+// "last", and returns what was said.
+func (c *client) follow(opened func()) (heard []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 4*patience)
+	defer cancel()
+	for after := ""; ctx.Err() == nil; time.Sleep(50 * time.Millisecond) {
+		resp, err := c.send(ctx, "GET", "/stream?after="+url.QueryEscape(after), "")
+		if err != nil {
+			continue
+		}
+		opened()
+		in := &eventReader{in: bufio.NewReader(resp.Body), lastID: after}
+		for e, err := in.next(); err == nil; e, err = in.next() {
+			after = e.id
+			if e.kind == "gap" {
+				heard = append(heard, "gap")
+			}
+			if e.kind == "message" {
+				heard = append(heard, e.said())
+			}
+			if e.kind == "message" && e.said() == "小明: last" {
+				resp.Body.Close()
+				return heard
+			}
+		}
+		resp.Body.Close()
+	}
+	return append(heard, "the end of patience")
+}
+
+// survives checks a room behind a proxy: events come one by one, the proxy says who and how,
+// and while one process is killed, started anew and the other one stopped, everybody hears
+// everything once. A failed post may be tried again, as the page does, at most tries times.
+func (p *proxied) survives(proxy string, tries int) {
+	t := p.t
+	t.Helper()
+	c := p.through(proxy)
+	c.login("小明")
+	live := c.stream("", "")
+	live.until("ping")
+	for i := range 5 { // each arrives before the next is posted
+		c.say(fmt.Sprint("one by one ", i))
+		if got := live.next(2 * time.Second); got.said() != fmt.Sprint("小明: one by one ", i) {
+			t.Fatalf("behind the proxy came %v", got)
+		}
+	}
+	if got := c.do("POST", "/login", form("user", "x")); !strings.Contains(got.header.Get("Set-Cookie"), "Secure") {
+		t.Errorf("behind TLS the cookie is %q, want Secure", got.header.Get("Set-Cookie"))
+	}
+	c.login("小明")
+	if got := c.post("own page", "Origin: "+proxy); got != 204 {
+		t.Errorf("a post of the page itself: got %d, want 204", got)
+	}
+	if got := c.post("other page", "Origin: https://other.example"); got != 403 {
+		t.Errorf("a post of another site's page: got %d, want 403", got)
+	}
+
+	var readers, open sync.WaitGroup
+	const n = 10
+	heard := make([][]string, n)
+	open.Add(n)
+	for i := range heard {
+		readers.Go(func() { heard[i] = c.follow(sync.OnceFunc(open.Done)) })
+	}
+	open.Wait()
+	var want []string
+	say := func(text string) {
+		want = append(want, "小明: "+text)
+		key := fmt.Sprintf("key-of-message-%d", len(want))
+		for try := 1; ; try++ {
+			got := c.postKey(key, text)
+			if got == 204 {
+				return
+			}
+			if try == tries {
+				t.Errorf("posting %q: got %d at try %d, want 204", text, got, try)
+				return
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+	}
+	steps := []func(){
+		p.processes[0].kill,
+		func() { p.begin(0) },
+		func() { p.processes[1].stop() },
+	}
+	for i, step := range steps {
+		done := make(chan struct{})
+		go func() { defer close(done); step() }()
+		for j, going := 0, true; going || j < 30; j++ {
+			select {
+			case <-done:
+				going = false
+			default:
+			}
+			say(fmt.Sprintf("step %d, message %d", i, j))
+		}
+	}
+	say("last")
+	readers.Wait()
+	for i, all := range heard {
+		at := 0
+		for at < len(all) && all[at] != want[0] {
+			at++ // what was said before
+		}
+		if got := strings.Join(all[at:], "\n"); got != strings.Join(want, "\n") {
+			t.Errorf("reader %d heard\n%s\nwant\n%s", i, got, strings.Join(want, "\n"))
+		}
+	}
+}
+
+func TestProcessesBehindNginx(t *testing.T) {
+	t.Parallel()
+	nginx := need(t, "nginx", "apt-get install nginx-light")
+	p, dir := startProxied(t), t.TempDir()
+	port, plain := freePort(t), freePort(t)
+	cert, key := selfSigned(t)
+	conf := adapt(t, blocks(t, "nginx")[1], // the first is for one process
+		"127.0.0.1:8989", "127.0.0.1:"+p.ports[0], "127.0.0.1:8990", "127.0.0.1:"+p.ports[1],
+		"listen 80;", "listen 127.0.0.1:"+plain+";", "listen 443 ", "listen 127.0.0.1:"+port+" ",
+		"/etc/ssl/chat/fullchain.pem", cert, "/etc/ssl/chat/privkey.pem", key)
+	temp := ""
+	for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		temp += fmt.Sprintf("%s_temp_path %s;\n", kind, filepath.Join(dir, kind))
+	}
+	file := writeFile(t, filepath.Join(dir, "nginx.conf"), "daemon off;\nmaster_process off;\npid "+dir+"/pid;\nevents {}\nhttp {\naccess_log off;\n"+temp+conf+"}\n")
+	start(t, exec.Command(nginx, "-e", "stderr", "-p", dir, "-c", file))
+	p.survives("https://localhost:"+port, 1)
+
+	// A post whose process dies between Redis and the answer, and to which its sender gave no key,
+	// is in the room once.
+	c := p.through("https://localhost:" + port).login("ann")
+	p.begin(1)
+	before := len(p.redis.history())
+	p.redis.signal("STOP")
+	var posts sync.WaitGroup
+	for i := range 4 {
+		posts.Go(func() {
+			if got := c.post(fmt.Sprint("without a key ", i)); got != 204 {
+				t.Errorf("post %d without a key: got %d, want 204", i, got)
+			}
+		})
+	}
+	time.Sleep(500 * time.Millisecond) // so that both processes have sent theirs
+	p.processes[1].kill()
+	time.Sleep(200 * time.Millisecond)
+	p.redis.signal("CONT")
+	posts.Wait()
+	ids := map[string]bool{}
+	lines := p.redis.history()[before:]
+	for _, line := range lines {
+		ids[strings.Fields(line)[0]] = true
+	}
+	if len(ids) != 4 || len(lines) == 4 {
+		t.Errorf("4 posts, some of them sent twice, are %d messages in %d lines", len(ids), len(lines))
+	}
+
+	// While Redis is away the pages are there.
+	p.begin(1)
+	p.redis.kill()
+	for range 5 {
+		if got := c.post("x"); got != 503 {
+			t.Errorf("posting without Redis: got %d, want 503", got)
+		}
+		if got := c.get("/login").status; got != 200 {
+			t.Errorf("the login form without Redis: got %d, want 200", got)
+		}
+	}
+	resp, err := newClient(t, "http://localhost:"+plain).send(context.Background(), "GET", "/", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if got := resp.Header.Get("Location"); resp.StatusCode != 301 || !strings.HasPrefix(got, "https://") {
+		t.Errorf("without TLS: got %d to %q, want 301 to https", resp.StatusCode, got)
+	}
+}
+
+func TestProcessesBehindCaddy(t *testing.T) {
+	t.Parallel()
+	caddy := need(t, "caddy", "apt-get install caddy")
+	p, dir, port := startProxied(t), t.TempDir(), freePort(t)
+	conf := "{\n\tadmin off\n\tskip_install_trust\n\tauto_https disable_redirects\n}\n" + adapt(t, blocks(t, "caddyfile")[0],
+		"chat.example.org {", "https://localhost:"+port+" {\n\tbind 127.0.0.1\n\ttls internal",
+		"127.0.0.1:8989", "127.0.0.1:"+p.ports[0], "127.0.0.1:8990", "127.0.0.1:"+p.ports[1])
+	cmd := exec.Command(caddy, "run", "--adapter", "caddyfile", "--config", writeFile(t, filepath.Join(dir, "Caddyfile"), conf))
+	cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
+	start(t, cmd)
+	p.survives("https://localhost:"+port, 30)
+
+	// It learns soon that a process is away.
+	p.begin(1)
+	p.processes[0].kill()
+	time.Sleep(2500 * time.Millisecond)
+	c := p.through("https://localhost:" + port).login("ann")
+	for i := range 20 {
+		c.say(fmt.Sprint("to the one that is left ", i))
+	}
+}
+
+func TestService(t *testing.T) {
+	t.Parallel()
+	analyze := need(t, "systemd-analyze", "apt-get install systemd")
+	unit := blocks(t, "ini")[0]
+	file := writeFile(t, filepath.Join(t.TempDir(), "chat@8989.service"), adapt(t, unit, "/usr/local/bin/chat", buildBinary(t)))
+	for _, args := range [][]string{
+		{"verify", "--man=no", "--recursive-errors=no", file},
+		{"security", "--offline=yes", "--no-pager", "--threshold=15", file}, // of 100, which is unprotected
+	} {
+		out, err := exec.Command(analyze, args...).CombinedOutput()
+		if err != nil || args[0] == "verify" && len(out) > 0 { // a key it does not know is but a warning
+			t.Errorf("systemd-analyze %s: %v\n%s", args[0], err, out)
+		}
+	}
+	command := regexp.MustCompile(`(?m)^ExecStart=\S+ (.*)$`).FindStringSubmatch(unit)
+	if command == nil {
+		t.Fatal("the unit starts nothing")
+	}
+	checkFlags(t, strings.ReplaceAll(command[1], "%i", "8989"))
+}
+
+// checkFlags fails unless chat takes these arguments.
+func checkFlags(t *testing.T, args string) {
+	t.Helper()
+	if _, err := configure(strings.Fields(args), func(string) string { return "" }, t.Output()); err != nil {
+		t.Errorf("chat %s: %v", args, err)
+	}
+}
+
+// Every line of shell in README.md is run, or its flags are read; curl and redis-cli speak to a
+// live room.
+func TestShellLines(t *testing.T) {
+	t.Parallel()
+	need(t, "curl", "apt-get install curl")
+	need(t, "redis-cli", "apt-get install redis-tools")
+	sh := need(t, "sh", "part of every Unix")
+	r := startRedis(t)
+	room := startProcess(t, "-redis", r.addr).joined()
+	_, port, _ := strings.Cut(r.addr, ":")
+	for line := range strings.Lines(strings.Join(blocks(t, "sh"), "")) {
+		line = strings.TrimSpace(strings.NewReplacer("http://localhost:8989", room.url, "redis-cli ", "redis-cli -p "+port+" ").Replace(line))
+		endless := strings.Contains(line, "curl -N") || strings.Contains(line, "SUBSCRIBE")
+		_, args, chat := strings.Cut(line, "./chat")
+		switch {
+		case chat:
+			checkFlags(t, args)
+		case endless: // it must hear what is said while it runs
+			out := start(t, exec.Command(sh, "-c", "exec "+line))
+			n := 0
+			eventually(t, line+" to hear a message", func() bool {
+				n++
+				newClient(t, room.url).post(fmt.Sprint("heard ", n))
+				time.Sleep(20 * time.Millisecond)
+				return strings.Contains(out.String(), "anonymous: heard")
+			})
+		case strings.HasPrefix(line, "curl ") || strings.HasPrefix(line, "redis-cli "):
+			line = strings.Replace(line, "curl ", "curl -sS --fail ", 1)
+			if out, err := exec.Command(sh, "-c", line).CombinedOutput(); err != nil {
+				t.Errorf("%s: %v\n%s", line, err, out)
+			}
+		case strings.Contains(line, "go build"):
+			line = adapt(t, line, "-o chat ", "-o '"+filepath.Join(t.TempDir(), "chat")+"' ")
+			if out, err := exec.Command(sh, "-c", line).CombinedOutput(); err != nil {
+				t.Errorf("%s: %v\n%s", line, err, out)
+			}
+		case line == "go run ." || strings.HasPrefix(line, "apt-get install"): // .ci/run does
+		default:
+			t.Errorf("README.md has %q, and nothing tries it", line)
+		}
+	}
+	for _, want := range []string{"hello from curl", "said once", "hi"} {
+		c := newClient(t, room.url)
+		got := said(c.stream("wait=0", "").until("end"))
+		if !strings.Contains(strings.Join(got, "\n"), want) {
+			t.Errorf("after the lines of README.md the room has %q, want %q", got, want)
+		}
+	}
+}
+
+// The number of readers in README.md is the one that the limits give.
+func TestReadersOfALimit(t *testing.T) {
+	conns := 1024 - spareFiles - busyConns
+	if want := fmt.Sprintf("of 1024 it serves %d readers", conns-conns/8); !strings.Contains(strings.Join(strings.Fields(readFile(t, "README.md")), " "), want) {
+		t.Errorf("README.md does not say %q", want)
+	}
+}
+
+// The Chinese README has the same commands, configurations and numbers.
+func TestReadmeInChinese(t *testing.T) {
+	readme, chinese := readFile(t, "README.md"), readFile(t, ".github/README.zh-CN.md")
+	for what, re := range map[string]string{
+		"blocks":          "(?ms)^```(.*?)^```$",
+		"rows of flags":   "(?m)^\\| (`[^|]+\\|[^|]+)\\|",
+		"headings' ranks": "(?m)^(#+) ",
+	} {
+		want, got := allMatches(regexp.MustCompile(re), readme), allMatches(regexp.MustCompile(re), chinese)
+		if len(want) == 0 || !slices.Equal(got, want) {
+			t.Errorf("%s: README.zh-CN.md has %q, README.md %q", what, got, want)
+		}
+	}
+	numbers := regexp.MustCompile(`\b(\d{2,})\b`)
+	want, got := allMatches(numbers, readme), allMatches(numbers, chinese)
+	slices.Sort(want)
+	slices.Sort(got)
+	if !slices.Equal(slices.Compact(got), slices.Compact(want)) {
+		t.Errorf("README.zh-CN.md has the numbers %s, README.md %s", got, want)
+	}
+}
+
 // What the manual in main.go, README.md, -h and the files say must agree.
 func TestDocumentsAgree(t *testing.T) {
 	source, readme := readFile(t, "main.go"), readFile(t, "README.md")
