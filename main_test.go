@@ -6812,9 +6812,465 @@ func TestPageStrings(t *testing.T) {
 	}
 	for lang, table := range strs {
 		for key := range table {
-			if !used[key] {
+			if !used[key] && !strings.HasPrefix(key, "lesson_") {
 				t.Errorf("%s: nothing uses %q", lang, key)
 			}
+		}
+	}
+}
+
+// lessonScript is what the scripts of these tests call: a column's numbers as they are seen.
+const lessonScript = `
+	window.way = (name) => document.querySelector('[data-way="' + name + '"]');
+	window.cell = (name, what) => way(name).querySelector('dd.' + what).textContent;
+	window.num = (name, what) => Number(cell(name, what).replaceAll(',', '') || NaN);
+	window.ways = ['polling', 'long', 'sse'];
+	window.each = (what) => ways.map((name) => num(name, what));
+	window.lines = (name) => [...way(name).querySelectorAll('.newest li')].map((n) => n.textContent.slice(11));
+	window.raw = (id) => [...document.querySelectorAll(id + ' > li')].map((n) => n.textContent);
+`
+
+// openLesson opens the lesson of a room, and waits until all three columns receive.
+func openLesson(t *testing.T, url string, args ...string) *browser {
+	t.Helper()
+	b := startBrowser(t, args...)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + lessonScript})
+	b.open(url + "/lesson")
+	b.wait("all three receive", "state() === 'live'")
+	return b
+}
+
+// lessonKey is an id of 32 characters, as long as those the page draws.
+func lessonKey(n int) string { return fmt.Sprintf("lesson-message-%017d", n) }
+
+// lessonOpens counts the requests for /stream that came through, apart from those the page makes by hand.
+func (p *pageRelay) lessonOpens(wait string) (n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, query := range p.opened {
+		if v, _ := url.ParseQuery(query); v.Has("after") && v.Get("wait") == wait {
+			n++
+		}
+	}
+	return n
+}
+
+func TestLessonCounts(t *testing.T) {
+	t.Parallel()
+	room := startRoom(t)
+	person := newClient(t, room.url)
+	person.postKey(lessonKey(0), "before the lesson")
+	b := openLesson(t, strings.Replace(room.url, "127.0.0.1", "chat.test", 1))
+	begun := time.Now()
+	twin := &counter{}
+	twin.open(t, person, "/stream?after="+lessonKey(0))
+	b.checks(check{"no number before there is one", "ways.every((name) => cell(name, 'delay') === '')"},
+		check{"the lesson begins at the newest message", "each('messages').join() === '0,0,0'"})
+	person.postKey(lessonKey(1), "from the room")
+	b.keys("#message", "from the lesson\uE007")
+	b.wait("both are in all three columns", "each('messages').join() === '2,2,2'")
+	b.checks(
+		check{"the same two in each", "ways.every((name) => lines(name).join() === 'anonymous: from the lesson,anonymous: from the room')"},
+		check{"the delay of the one that was sent here", "ways.every((name) => /^[\\d.]+ m?s$/.test(cell(name, 'delay')) && way(name).querySelectorAll('.delays i').length === 1)"},
+		check{"the field is empty again", "$('#message').value === ''"},
+		check{"the line of the post crosses all three", "ways.every((name) => way(name).querySelectorAll('.strip .post').length === 1)"},
+		check{"a dot for each message", "ways.every((name) => way(name).querySelectorAll('.strip .dot').length === 2)"},
+	)
+
+	time.Sleep(10*time.Second - time.Since(begun))
+	got := js[[]int](b, "return each('requests')")
+	if got[0] < 4 || got[0] > 7 || got[1] < 2 || got[1] > 4 || got[2] != 1 {
+		t.Errorf("after 10 s polling, long polling and SSE made %v requests, want 4 to 7, 2 to 4, and 1", got)
+	}
+	b.checks(check{"as many bars", "ways.every((name) => way(name).querySelectorAll('.strip .bar').length === num(name, 'requests'))"},
+		check{"polling's are mostly empty", "way('polling').querySelectorAll('[data-state=empty]').length >= 2"},
+		check{"and its others are full", "[1, 2].includes(way('polling').querySelectorAll('[data-state=full]').length)"},
+		check{"those of SSE are one", "way('sse').querySelectorAll('.bar').length === 1 && way('sse').querySelector('.bar').getBoundingClientRect().width > 100"})
+
+	head, body := twin.read()
+	b.checks(check{"the header's size", fmt.Sprintf("Number($('#head').textContent) === %d", head)})
+	if got := js[int](b, "return num('sse', 'bytes')"); got != head+body {
+		t.Errorf("SSE received %d bytes by the page's count, %d by ours", got, head+body)
+	}
+	empty := len("retry: 2000\n\n") + len(pingAt(lessonKey(0)))
+	messages := body - empty // the rest of the twin's: the same two messages
+	b.wait("polling's bytes are exact", "num('polling', 'bytes') === num('polling', 'requests') * arguments[0] + arguments[1]", head+empty, messages)
+
+	b.click("#freeze")
+	person.postKey(lessonKey(2), "while frozen")
+	time.Sleep(300 * time.Millisecond) // the time line glides
+	js[any](b, "frozenAt = num('polling', 'requests'); frozenBar = way('sse').querySelector('.bar').getBoundingClientRect().left")
+	time.Sleep(2500 * time.Millisecond)
+	b.checks(check{"Freeze holds the picture", "num('polling', 'requests') === frozenAt && way('sse').querySelector('.bar').getBoundingClientRect().left === frozenBar && !raw('#answer').join().includes('while frozen') && $('#freeze').ariaPressed === 'true'"})
+	b.click("#freeze")
+	b.checks(check{"and lets it go on", "num('polling', 'requests') > frozenAt && raw('#answer').join().includes('while frozen')"})
+	// Requests that have left the time line still count. (Right after one, so that no other comes.)
+	b.wait("another poll", "num('polling', 'requests') > arguments[0]", js[int](b, "return num('polling', 'requests')"))
+	time.Sleep(200 * time.Millisecond) // until it has been measured
+	left := js[[]int](b, `return (async () => {
+		const seen = () => [num('polling', 'requests'), num('polling', 'bytes')];
+		const before = seen(), clock = performance.now;
+		performance.now = () => clock.call(performance) + 35_000;
+		await new Promise((done) => setTimeout(done, 300));
+		const after = seen(), bars = way('polling').querySelectorAll('.bar').length;
+		performance.now = clock;
+		return [after[0] - before[0], after[1] - before[1], Math.sign(before[0] - bars)];
+	})()`)
+	if !slices.Equal(left, []int{0, 0, 1}) {
+		t.Errorf("35 s later polling has %d more requests, %d more bytes, and fewer bars %d; want 0, 0, 1", left[0], left[1], left[2])
+	}
+	// A browser keeps 250 entries at most, unless they are thrown away.
+	b.checks(check{"read entries are thrown away", "performance.getEntriesByType('resource').length < 3"})
+}
+
+// A counter counts the bytes of an answer as they come, its header and its body.
+type counter struct {
+	mu         sync.Mutex
+	head, body int
+}
+
+func (c *counter) open(t *testing.T, person *client, target string) {
+	t.Helper()
+	host := strings.TrimPrefix(person.url, "http://")
+	conn, err := net.Dial("tcp", host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\n\r\n", target, host)
+	go func() {
+		in, ended := bufio.NewReader(conn), false
+		for {
+			line, err := in.ReadString('\n')
+			if err != nil {
+				return
+			}
+			c.mu.Lock()
+			if ended {
+				c.body += len(line)
+			} else {
+				c.head += len(line)
+			}
+			c.mu.Unlock()
+			ended = ended || line == "\r\n"
+		}
+	}()
+}
+
+func (c *counter) read() (head, body int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.head, c.body
+}
+
+func TestLessonLosesNothing(t *testing.T) {
+	t.Parallel()
+	room := startRoom(t)
+	person := newClient(t, room.url).login("Ada")
+	person.postKey(lessonKey(0), "first")
+	p := startPageRelay(t, room.url)
+	b := openLesson(t, p.url())
+	person.postKey(lessonKey(1), "one")
+	b.wait("one", "each('messages').join() === '1,1,1'")
+
+	// The button.
+	b.click("#break")
+	b.wait("broken", "state() === 'broken' && $('#break').textContent === 'Connect again'")
+	p.lessonCloses("Break")
+	before := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens("")
+	person.postKey(lessonKey(2), "two")
+	b.keys("#message", "three\uE007")
+	b.wait("three is sent", "$('#message').value === ''")
+	person.postKey(lessonKey(4), "four\nand its second line")
+	time.Sleep(2500 * time.Millisecond)
+	if after := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens(""); after != before {
+		t.Errorf("%d requests while the connections are broken", after-before)
+	}
+	b.checks(check{"nothing comes meanwhile", "each('messages').join() === '1,1,1'"})
+	b.click("#break")
+	b.wait("what was missed", "each('messages').join() === '4,4,4'")
+	time.Sleep(1500 * time.Millisecond) // a second look at the wire would have come by now
+	b.checks(
+		check{"in its order", `ways.every((name) => lines(name).join('|') === 'Ada: four\nand its second line|anonymous: three|Ada: two')`},
+		check{"its delay is the break's", "ways.every((name) => parseFloat(cell(name, 'delay')) > 2 && cell(name, 'delay').endsWith(' s'))"},
+		check{"the wire shows what the browser came with", fmt.Sprintf("raw('#request').includes('Last-Event-ID: %s')", lessonKey(1))},
+		check{"and what it got", fmt.Sprintf("raw('#answer').join('\\n').includes('data: four\\n') || /id: %s\\ndata: \\[.*\\] Ada: two\\n\\nid: \\w{32}\\ndata: .* anonymous: three\\n\\nid: %s\\ndata: .* Ada: four\\ndata: and its second line\\n\\nevent: ping\\nid: %s\\ndata:\\n$/.test(raw('#answer').join('\\n'))", lessonKey(2), lessonKey(4), lessonKey(4))},
+		check{"the commands of the newest", fmt.Sprintf(`$('#entry').textContent === '"%s ' + $('#line').textContent.slice(1) && $('#id').textContent === '%s' && $('#line').textContent.endsWith('Ada: four\\xe2\\x80\\xa8and its second line"')`, lessonKey(4), lessonKey(4))},
+	)
+
+	// Each kind of line has its explanation, by focus and by mouse.
+	for line, words := range map[string]string{"Last-Event-ID:": "id of the last event", "retry:": "come back in so many", "id:": "names it when it comes back",
+		"data: [": "The message itself", "data:": "has to be there", "event: ping": "up to date"} {
+		js[any](b, `const all = $$('.raw > li');
+			(all.find((n) => n.textContent === arguments[0]) ?? all.find((n) => n.textContent.startsWith(arguments[0]))).focus()`, line)
+		b.checks(check{"what " + line + " is for", fmt.Sprintf("$('#why').textContent.includes('%s') && document.activeElement.matches('.raw > li')", words)})
+	}
+	js[any](b, "$$('#answer > li').at(-1).dispatchEvent(new MouseEvent('mouseover', { bubbles: true }))")
+	b.checks(check{"what a blank line is for", "$('#why').textContent.includes('ends the event')"})
+
+	// A tab that is not seen.
+	js[any](b, "hide(true)")
+	p.lessonCloses("hiding")
+	before = p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens("")
+	person.postKey(lessonKey(5), "five")
+	time.Sleep(2500 * time.Millisecond)
+	if after := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens(""); after != before {
+		t.Errorf("a hidden tab made %d requests", after-before)
+	}
+	js[any](b, "hide(false)")
+	b.wait("it comes back", "each('messages').join() === '5,5,5'")
+
+	// A server that refuses: an EventSource gives up for good, the page does not.
+	came := []int{p.lessonOpens("0"), p.lessonOpens("25s"), p.lessonOpens("")}
+	p.set(func() { p.status["/stream"] = 503 })
+	p.stop()
+	p.start()
+	eventually(t, "all three to be refused", func() bool {
+		return p.lessonOpens("0") > came[0] && p.lessonOpens("25s") > came[1] && p.lessonOpens("") > came[2]
+	})
+	b.wait("the loss is shown", "state() === 'reconnecting'")
+	person.postKey(lessonKey(6), "six")
+	p.set(func() { delete(p.status, "/stream") })
+	b.wait("all three come back", "each('messages').join() === '6,6,6' && state() === 'live'")
+
+	// Refused posts keep their text, and come once.
+	p.set(func() { p.status["/post"] = 429 })
+	b.keys("#message", "seven\uE007")
+	b.checks(check{"too fast", "$('#notice').textContent === 'Too fast. Wait 1 s.' && $('#message').value === 'seven'"})
+	p.set(func() { p.status["/post"] = 0; p.swallow = true })
+	b.keys("#message", "\uE007")
+	b.checks(check{"no answer", "$('#notice').textContent.startsWith('Not sure') && $('#message').value === 'seven'"})
+	p.set(func() { p.swallow = false })
+	b.keys("#message", "\uE007")
+	b.wait("it is in the room once", "$('#message').value === '' && $('#notice').textContent === '' && each('messages').join() === '7,7,7'")
+	if tries, messages := p.posts(); tries < 4 || messages != 2 { // the browser may have retried, too
+		t.Errorf("%d tries of %d messages, want 4 or more of 2", tries, messages)
+	}
+	p.set(func() { p.status["/post"] = 401 })
+	b.keys("#message", "eight\uE007")
+	b.wait("who has no session is asked for a name", "location.pathname === '/login'")
+}
+
+// lessonCloses waits until nobody reads a stream.
+func (p *pageRelay) lessonCloses(after string) {
+	p.t.Helper()
+	eventually(p.t, "the streams to be closed after "+after, func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return len(p.streams) == 0
+	})
+}
+
+func TestLessonLooks(t *testing.T) {
+	t.Parallel()
+	redis := startRedis(t)
+	for _, c := range []struct {
+		lang, title, button string
+		args                []string
+		behind              string
+	}{
+		{"en", "Three ways to receive", "Break connections", nil, "in its memory"},
+		{"zh", "接收消息的三种方式", "断开连接", []string{"-redis", redis.addr, "-channel", "class:5"}, "通过 Redis 共享"},
+	} {
+		room := startRoom(t, c.args...).joined()
+		b := openLesson(t, strings.Replace(room.url, "127.0.0.1", "chat.test", 1), "--accept-lang="+c.lang)
+		newClient(t, room.url).login("小明").say("你好 hello")
+		b.keys("#message", strings.Repeat("a long message ", 20)+"\uE007")
+		b.wait("messages", "each('messages').join() === '2,2,2' && raw('#answer').some((line) => line.includes('a long message'))")
+		channel := "chat"
+		if c.args != nil {
+			channel = "class:5"
+		}
+		b.checks(
+			check{c.lang, fmt.Sprintf("document.documentElement.lang === '%s' && document.title === '%s' && $('h1').textContent === '%s' && $('#break').textContent === '%s'", c.lang, c.title, c.title, c.button)},
+			check{"which process, and where the room is", fmt.Sprintf("$('main').innerText.includes('process ') && $('main').innerText.includes('%s')", c.behind)},
+			check{"the commands of one post", fmt.Sprintf(`$('pre').innerText === 'MULTI\nRPUSH %[1]s:history ' + $('#entry').textContent + '\nLTRIM %[1]s:history -4096 -1\nPUBLISH %[1]s:id ' + $('#id').textContent + '\nPUBLISH %[1]s ' + $('#line').textContent + '\nEXEC'`, channel)},
+			check{"lines to type", fmt.Sprintf("$$('pre').some((n) => n.textContent === 'redis-cli SUBSCRIBE %[1]s') && $$('pre').some((n) => n.textContent === 'redis-cli PUBLISH %[1]s hi')", channel)},
+			check{"a way back to the room", "$('header a').pathname === '/' && seen($('header a'))"},
+		)
+		for _, scheme := range []string{"light", "dark"} {
+			b.media(map[string]string{"prefers-color-scheme": scheme})
+			b.colours("lesson, " + c.lang + ", " + scheme)
+		}
+		for _, size := range [][2]int{{1024, 768}, {390, 844}, {320, 568}} {
+			b.size(size[0], size[1])
+			for _, wrong := range js[[]string](b, `const wrong = [];
+				if (document.scrollingElement.scrollWidth > document.documentElement.clientWidth) wrong.push('scrolls sideways');
+				for (const n of $$('a:not(.skip), button, input')) if (seen(n) && n.getBoundingClientRect().height < 44) wrong.push('under 44 px: ' + n.outerHTML.slice(0, 60));
+				for (const n of $$('main *, header *')) if (seen(n) && !n.closest('.strip, .newest, .unseen') && n.getBoundingClientRect().right > innerWidth + .5) wrong.push('cut off: ' + n.outerHTML.slice(0, 60));
+				for (const n of $$('dd, h1, h2, button')) if (n.scrollWidth > n.clientWidth + 1) wrong.push('too narrow: ' + n.outerHTML.slice(0, 60));
+				return wrong;`) {
+				t.Errorf("%s, %d × %d: %s", c.lang, size[0], size[1], wrong)
+			}
+			columns := js[int](b, "return new Set($$('.card').map((n) => Math.round(n.getBoundingClientRect().left))).size")
+			if want := map[bool]int{true: 3, false: 1}[size[0] > 760]; columns != want {
+				t.Errorf("%s: %d columns at %d px, want %d", c.lang, columns, size[0], want)
+			}
+		}
+		b.size(1024, 768)
+		b.checks(check{"time lines and numbers on one screen", "scrollTo(0, 0), $$('.plot').every((n) => n.getBoundingClientRect().bottom < 768)"})
+		call[any](b, "POST", "/refresh", nil)
+		b.wait("all three receive", "state() === 'live' && raw('#answer').length")
+		var order []string
+		for range 9 {
+			b.keys("body", "\uE004")
+			order = append(order, js[string](b, "const n = document.activeElement, o = getComputedStyle(n); return (n.id || n.className || n.localName) + (o.outlineStyle !== 'none' && parseFloat(o.outlineWidth) >= 1 ? '' : ' without outline')"))
+		}
+		if want := []string{"skip", "a", "message", "primary", "ten", "freeze", "break", "li", "li"}; !slices.Equal(order, want) {
+			t.Errorf("Tab goes to %q, want %q", order, want)
+		}
+		type entry struct{ Level, Message string }
+		for _, e := range call[[]entry](b, "POST", "/se/log", map[string]any{"type": "browser"}) {
+			t.Errorf("the console says: %s %s", e.Level, e.Message)
+		}
+	}
+}
+
+// A source receives as a browser's EventSource does: it comes back after retry, with the id of
+// the last event that was complete.
+type source struct {
+	http *http.Client
+	url  string
+	got  []event // the messages
+	ends int     // answers that ended
+}
+
+func (s *source) run(ctx context.Context, enough func(*source) bool) error {
+	last, retry := "", time.Second
+	for {
+		req, _ := http.NewRequestWithContext(ctx, "GET", s.url, nil)
+		if last != "" {
+			req.Header.Set("Last-Event-ID", last)
+		}
+		res, err := s.http.Do(req)
+		if err != nil {
+			return err
+		}
+		in := &eventReader{in: bufio.NewReader(res.Body), lastID: last}
+		for err == nil {
+			var e event
+			e, err = in.next()
+			for _, ms := range e.retry {
+				retry = time.Duration(ms) * time.Millisecond
+			}
+			if err == nil {
+				last = e.id
+			}
+			if e.kind == "message" {
+				s.got = append(s.got, e)
+			} else if e.kind == "gap" {
+				return fmt.Errorf("a gap after %d messages", len(s.got))
+			}
+			if enough(s) {
+				res.Body.Close()
+				return nil
+			}
+		}
+		s.ends++
+		res.Body.Close()
+		time.Sleep(retry)
+	}
+}
+
+// holdBack is a proxy that passes an answer on when it has ended. It ends one that never would,
+// anywhere, after a while.
+func holdBack(t *testing.T, target string) string {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithCancel(r.Context())
+		defer cancel()
+		if !r.URL.Query().Has("wait") {
+			time.AfterFunc(700*time.Millisecond, cancel)
+		}
+		out, _ := http.NewRequestWithContext(ctx, r.Method, target+r.URL.RequestURI(), nil)
+		out.Header = r.Header.Clone()
+		res, err := http.DefaultTransport.RoundTrip(out)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer res.Body.Close()
+		body, err := io.ReadAll(res.Body)
+		if err != nil { // cut: a few bytes of the last frame are lost too
+			body = body[:max(0, len(body)-7)]
+		}
+		w.Header().Set("Content-Type", res.Header.Get("Content-Type"))
+		w.Write(body)
+	}))
+	t.Cleanup(srv.Close)
+	return srv.URL
+}
+
+func TestThreeWaysDeliverTheSame(t *testing.T) {
+	t.Parallel()
+	const n = 60
+	room := startRoom(t)
+	person := newClient(t, room.url).login("Ada")
+	var want []string
+	for i := range n {
+		want = append(want, lessonKey(i))
+	}
+	held := holdBack(t, room.url)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, c := range []struct {
+		name, url string
+		ends      int // answers that must have ended at least
+	}{
+		{"polling", room.url + "/stream?wait=0", 2},
+		{"long polling", room.url + "/stream?wait=25s", 5},
+		{"SSE", room.url + "/stream", 0},
+		{"polling, held back", held + "/stream?wait=0", 2},
+		{"long polling, held back", held + "/stream?wait=25s", 5},
+		{"SSE, held back and cut", held + "/stream", 2},
+	} {
+		s := &source{http: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, url: c.url}
+		wg.Go(func() {
+			err := s.run(ctx, func(s *source) bool { return len(s.got) >= n })
+			var ids []string
+			for _, e := range s.got {
+				ids = append(ids, e.id)
+			}
+			if err != nil || !slices.Equal(ids, want) || s.ends < c.ends {
+				t.Errorf("%s: %v; %d messages in %d answers that ended, want %d, once and in order, in %d or more:\n%q",
+					c.name, err, len(ids), s.ends, n, c.ends, ids)
+			}
+		})
+	}
+	for i := range n {
+		person.postKey(lessonKey(i), fmt.Sprintf("message %d\nand its second line", i))
+		time.Sleep(80 * time.Millisecond)
+	}
+	wg.Wait()
+}
+
+// Every text of the lesson is there, and used.
+func TestLessonStrings(t *testing.T) {
+	s, err := newServer(&config{channel: "chat"}, t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.log.close()
+	page, script := readFile(t, "assets/lesson.html"), readFile(t, "assets/lesson.js")
+	for _, key := range allMatches(regexp.MustCompile(`\bT\.([a-z_]+)`), script) {
+		if !strings.Contains(page, `data-key="`+key+`">{{.T.`+key+`}}<`) {
+			t.Errorf("lesson.js asks for %s, which lesson.html does not give it", key)
+		}
+	}
+	used := allMatches(regexp.MustCompile(`\bT\.([a-z_]+)`), page)
+	blanks := regexp.MustCompile(`{\w}`)
+	for _, key := range used {
+		en, zh := s.texts["en"][key], s.texts["zh"][key]
+		if en == "" || zh == "" {
+			t.Errorf("%s is %q in English and %q in Chinese", key, en, zh)
+		}
+		if a, b := blanks.FindAllString(en, -1), blanks.FindAllString(zh, -1); !slices.Equal(a, b) {
+			t.Errorf("%s has the blanks %q in English and %q in Chinese", key, a, b)
+		}
+	}
+	for key := range s.texts["en"] {
+		if strings.HasPrefix(key, "lesson_") && !slices.Contains(used, key) {
+			t.Errorf("nothing uses %s", key)
 		}
 	}
 }

@@ -1,0 +1,517 @@
+// @ts-check
+/* The lesson: three ways to receive the same room, side by side. How to read it:
+
+     the three ways   a Way is an EventSource that counts. What came is told by its events; what
+                      it cost is told by the browser: each ended request leaves a performance
+                      entry with its times and its exact bytes. The open one has no entry yet, so
+                      its bytes are counted from the events
+     drawing          ten times a second what was counted goes into the page
+     sending          a POST with an id drawn here: the delay is the time until that id arrives
+     the wire         the newest message once more with fetch, whose answer is seen as it is
+     who looks        while nobody looks, or after Break, there is no connection
+
+   Nothing is estimated. What was not measured is an empty cell. */
+export {};                    // a module, with names of its own
+
+const WINDOW = 40;            // s on the time line, as its axis in lesson.html says
+const PLOT = 50;              // delays in the plot
+const PLOT_TOP = 2500;        // ms at its upper edge
+const NEWEST = 3;             // messages shown in a column
+const SILENCE = 40_000;       // ms without an event: dead (a stream is pinged every 15 s)
+const WIRE_PAUSE = 1_000;     // ms between two looks at the wire
+const WIRE_CALM = 100;        // ms for messages that come together
+const WIRE_LINES = 24;        // lines shown of an answer
+const WIRE_CHARS = 300;       // characters shown of a line
+
+/** @param {string} id @returns {any} */
+const $ = (id) => document.getElementById(id);
+const body = document.body;
+const status = $('status'), ways = $('ways'), head = $('head');
+const say = $('say'), field = $('message'), ten = $('ten'), notice = $('notice');
+const freeze = $('freeze'), breaker = $('break');
+const request = $('request'), answer = $('answer'), why = $('why'), whys = $('whys').content;
+const commands = { entry: $('entry'), id: $('id'), line: $('line') };
+
+/** The texts of the page's language. @type {Record<string, string>} */
+const T = {};
+for (const p of $('strings').content.children) T[p.dataset.key] = p.textContent;
+
+/** A text with its blanks filled in. @param {string} text @param {Record<string, any>} blanks */
+const fill = (text, blanks) => text.replace(/{(\w)}/g, (_, name) => blanks[name]);
+
+/** @param {number} n */
+const number = (n) => n.toLocaleString(document.documentElement.lang);
+/** @param {number} ms */
+const duration = (ms) =>
+  ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(2)} s`;
+/** @param {string} text */
+const size = (text) => new TextEncoder().encode(text).length;
+/** @param {number} ms */
+const sleep = (ms) => new Promise((done) => { setTimeout(done, ms); });
+const now = () => performance.now();
+
+// ---- the three ways ----
+
+/** Where the three begin: the newest message when the page was opened. '' is: not known yet. */
+let start = '';
+/** Bytes of the header of an answer. Every answer has the same one. */
+let headBytes = 0;
+/** When the newest messages were sent from here, by their id. @type {Map<string, number>} */
+const posted = new Map();
+
+/** A request: times in ms since the page was opened, end is 0 while it is open; the bytes of the
+ *  answer's body and header; exact once the browser has told what it measured.
+ *  @typedef {{start: number, end: number, bytes: number, head: number, messages: number,
+ *             exact: boolean, pinged: boolean, drawn?: boolean, node: HTMLElement}} Asked */
+
+class Way {
+  /** @type {Asked[]} those of the time line */
+  requests = [];
+  past = { requests: 0, bytes: 0 };   // those that have left it
+  messages = 0;
+  /** @type {string[]} */
+  newest = [];
+  /** @type {number[]} */
+  delays = [];
+  cursor = '';                        // the id of the last event
+  heard = 0;                          // when it came
+  lost = false;
+  refusals = 0;                       // since the last event
+  timer = 0;
+  /** @type {EventSource | null} */
+  source = null;
+
+  /** @param {string} id @param {string} wait as in ?wait=, '' for a stream
+   *  @param {number} retryBytes of the first line of an answer, which is no event: `retry: 2000`
+   *  @param {string} name @param {string} about */
+  constructor(id, wait, retryBytes, name, about) {
+    this.wait = wait;
+    this.retryBytes = retryBytes;
+    const node = $('way').content.firstElementChild.cloneNode(true);
+    /** @param {string} css @returns {any} */
+    const part = (css) => node.querySelector(css);
+    node.dataset.way = id;
+    part('.lane > b').textContent = part('h2 span').textContent = name;
+    part('.lane').setAttribute('aria-label', fill(T.lesson_lane, { n: name }));
+    part('.about').textContent = about;
+    part('code').textContent = 'GET /stream' + (wait && `?wait=${wait}`);
+    this.cells = { requests: part('.requests'), bytes: part('.bytes'), messages: part('.messages'),
+      delay: part('.delay'), spread: part('.spread'), delays: part('.delays'), newest: part('.newest') };
+    this.strip = part('.strip');
+    ways.append(node);
+  }
+
+  open() {
+    this.close();
+    const query = new URLSearchParams({ ...(this.wait && { wait: this.wait }), after: this.cursor ||= start });
+    this.source = new EventSource(`/stream?${query}`);
+    this.source.onopen = () => this.begin();
+    this.source.onerror = () => this.fail();
+    for (const type of ['message', 'ping', 'wait', 'gap']) {
+      this.source.addEventListener(type, (e) => this.receive(e));
+    }
+    this.heard = now();
+  }
+
+  close() {
+    clearTimeout(this.timer);
+    this.timer = 0;
+    this.source?.close();
+    this.source = null;
+    this.end();
+  }
+
+  /** The answer to a request has begun. EventSource makes as many as it needs. */
+  begin() {
+    this.end();
+    this.requests.push({ start: now(), end: 0, bytes: this.retryBytes, head: headBytes, messages: 0,
+      exact: false, pinged: false, node: mark(this, 'bar', now()) });
+  }
+
+  end() {
+    const last = this.requests.at(-1);
+    if (last) last.end ||= now();
+  }
+
+  /** The answer has ended, as those of polling do. EventSource comes back by itself, but gives up
+   *  for good when it is refused. */
+  fail() {
+    this.end();
+    this.lost ||= !this.wait || this.source?.readyState === EventSource.CLOSED;
+    if (this.source?.readyState === EventSource.CLOSED) this.later();
+  }
+
+  /** Comes back after a pause that grows, and that is not the same for a whole class. EventSource
+   *  does not tell why it was refused, so that is asked for. */
+  async later() {
+    const refused = this.source;
+    const res = await fetch('/stream?wait=0', { method: 'HEAD' }).catch(() => null);
+    if (refused !== this.source) return;
+    if (res?.status === 401) return location.assign('/login');
+    const asked = Number(res?.headers.get('Retry-After') ?? 0);
+    const pause = Math.max(asked, Math.min(15, 2 ** this.refusals++)) * (1 + Math.random() / 2);
+    this.timer = setTimeout(() => this.open(), pause * 1000);
+  }
+
+  /** @param {MessageEvent} e */
+  receive(e) {
+    const last = this.requests.at(-1);
+    if (last && !last.exact) last.bytes += frameBytes(e, last.pinged);
+    if (last && e.type === 'ping') last.pinged = true;
+    if (e.type === 'message') this.arrive(e, last);
+    this.cursor = e.lastEventId || this.cursor;
+    this.heard = now();
+    this.lost = false;
+    this.refusals = 0;
+  }
+
+  /** @param {MessageEvent} e @param {Asked | undefined} by */
+  arrive(e, by) {
+    this.messages++;
+    if (by) by.messages++;
+    this.newest = [e.data, ...this.newest].slice(0, NEWEST);
+    mark(this, 'dot', now());
+    const sent = posted.get(e.lastEventId);
+    if (sent !== undefined) this.delays = [...this.delays, now() - sent].slice(-PLOT);
+    if (!this.wait) look(e, this.cursor);
+  }
+
+  /** What the browser measured of an ended request. A request that never got an answer has only
+   *  this; one that the page broke off has no bytes here, those of its events stay.
+   *  @param {PerformanceResourceTiming} e */
+  measure(e) {
+    const known = this.requests.find((r) =>
+      !r.exact && r.start >= e.startTime && r.start < e.responseEnd + 1000);
+    const r = known ?? { start: 0, end: 0, bytes: 0, head: 0, messages: 0,
+      exact: true, pinged: true, node: mark(this, 'bar', e.startTime) };
+    Object.assign(r, { start: e.startTime, end: e.responseEnd, bytes: e.encodedBodySize || r.bytes, exact: true });
+    if (!known) this.requests.unshift(r);
+  }
+
+  /** Is it silent for too long? Then the connection is dead, though it may look open. */
+  check() {
+    if (this.source && !this.timer && now() - this.heard > SILENCE) this.open();
+  }
+}
+
+/** The bytes of an event on the wire, as the server writes it. Only the first ping of an answer,
+ *  and messages, come with their id. @param {MessageEvent} e @param {boolean} pinged */
+function frameBytes(e, pinged) {
+  const named = e.type === 'message' ? '' : `event: ${e.type}\n`;
+  const id = e.type === 'message' || (e.type === 'ping' && !pinged) ? `id: ${e.lastEventId}\n` : '';
+  const data = e.type === 'message' ? e.data.replace(/^/gm, 'data: ') : 'data:';
+  return size(`${named}${id}${data}\n\n`);
+}
+
+const all = [
+  new Way('polling', '0', 13, T.lesson_polling, T.lesson_polling_about),
+  new Way('long', '25s', 12, T.lesson_long, T.lesson_long_about),
+  new Way('sse', '', 13, T.lesson_sse, T.lesson_sse_about),
+];
+
+/* The browser's list of entries is full at 250; those that were read are thrown away. */
+new PerformanceObserver((list) => {
+  for (const e of /** @type {PerformanceResourceTiming[]} */ (list.getEntries())) {
+    const url = new URL(e.name);
+    if (url.pathname !== '/stream' || e.initiatorType === 'fetch') continue;
+    all.find((way) => way.wait === (url.searchParams.get('wait') ?? ''))?.measure(e);
+  }
+  performance.clearResourceTimings();
+}).observe({ type: 'resource' });
+
+// ---- drawing ----
+
+let frozen = false;
+
+/** Puts a mark on a way's time line. @param {Way} way @param {string} kind @param {number} at */
+function mark(way, kind, at) {
+  const node = document.createElement('i');
+  node.className = kind;
+  node.dataset.at = String(at);
+  put(node, '--at', at);
+  way.strip.append(node);
+  return node;
+}
+
+/** Sets a length on the time line, as a part of its width. @param {HTMLElement} node
+ *  @param {string} name @param {number} ms */
+const put = (node, name, ms) => node.style.setProperty(name, `${(ms / 10 / WINDOW).toFixed(4)}%`);
+
+/** @param {Element} node @param {string} text */
+const write = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+
+function draw() {
+  for (const way of all) way.check();
+  showState();
+  if (frozen) return;
+  const at = now();
+  for (const way of all) {
+    drawTime(way, at);
+    drawNumbers(way);
+    drawDelays(way);
+  }
+}
+
+/** Moves the time line, whose right edge is now. @param {Way} way @param {number} at */
+function drawTime(way, at) {
+  for (const r of way.requests) {
+    if (r.drawn) continue;
+    r.drawn = r.exact;                // and so changes no more
+    put(r.node, '--at', r.start);
+    put(r.node, '--long', (r.end || at) - r.start);
+    r.node.dataset.state = r.messages ? 'full' : r.end ? 'empty' : 'open';
+  }
+  way.strip.style.setProperty('transform', `translateX(${100 - at / 10 / WINDOW}%)`);
+  while (way.requests[0]?.end && way.requests[0].end < at - WINDOW * 1000) forget(way);
+  for (const node of [...way.strip.children]) { // in the order of time
+    if (Number(node.dataset.at) >= at - WINDOW * 1000) break;
+    if (node.className !== 'bar') node.remove();
+  }
+}
+
+/** A request has left the time line; it stays in the sums. @param {Way} way */
+function forget(way) {
+  const r = /** @type {Asked} */ (way.requests.shift());
+  way.past.requests++;
+  way.past.bytes += r.bytes + r.head;
+  r.node.remove();
+}
+
+/** @param {Way} way */
+function drawNumbers(way) {
+  const { cells, requests, past, delays, newest } = way;
+  const count = past.requests + requests.length;
+  const bytes = requests.reduce((sum, r) => sum + r.bytes + r.head, past.bytes);
+  write(cells.requests, count ? number(count) : '');
+  write(cells.bytes, count ? number(bytes) : '');
+  write(cells.messages, count ? number(way.messages) : '');
+  write(cells.delay, delays.length ? duration(delays[delays.length - 1]) : '');
+  while (cells.newest.children.length < newest.length) cells.newest.append(document.createElement('li'));
+  newest.forEach((line, i) => write(cells.newest.children[i], line));
+}
+
+/** @param {Way} way */
+function drawDelays({ cells, delays }) {
+  while (cells.delays.children.length < delays.length) cells.delays.append(document.createElement('i'));
+  delays.forEach((ms, i) => {
+    cells.delays.children[i].style.setProperty('--high', `${Math.min(100, ms / PLOT_TOP * 100).toFixed(1)}%`);
+    cells.delays.children[i].classList.toggle('over', ms > PLOT_TOP);
+  });
+  const sorted = [...delays].sort((a, b) => a - b);
+  const spread = { n: sorted.length, m: duration(sorted[sorted.length >> 1]), l: duration(sorted[sorted.length - 1]) };
+  write(cells.spread, sorted.length ? fill(T.lesson_spread, spread) : T.lesson_no_delay);
+}
+
+function showState() {
+  const state = broken ? 'broken' : all.some((way) => way.lost) ? 'reconnecting'
+    : all.every((way) => way.requests.length) ? 'live' : 'connecting';
+  if (body.dataset.state === state) return;
+  body.dataset.state = state;
+  status.textContent = broken ? T.lesson_broken : T[state];
+}
+
+freeze.addEventListener('click', () => {
+  frozen = !frozen;
+  freeze.setAttribute('aria-pressed', String(frozen));
+  showWire();
+});
+
+// ---- sending ----
+
+/** The text in the field and its id, which stays the same until it is in the room. */
+let letter = { text: '', id: '' };
+
+/** 128 bits, as text. (crypto.randomUUID does not exist on plain http.) */
+function newId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (b) => b.toString(16).padStart(2, '0')).join('');
+}
+
+/** Sends a text, and tells whether it is in the room. @param {string} text @param {string} id */
+async function post(text, id) {
+  if (!posted.has(id)) posted.set(id, now());
+  if (posted.size > PLOT) posted.delete(posted.keys().next().value ?? '');
+  const marks = all.map((way) => mark(way, 'post', now()));
+  const res = await fetch('/post', { method: 'POST', headers: { 'Idempotency-Key': id },
+    body: new URLSearchParams({ message: text }) }).catch(() => null);
+  if (res?.status === 401) location.assign('/login');
+  if (res && res.status >= 400 && res.status < 500) { // refused: it was not sent
+    posted.delete(id);
+    for (const node of marks) node.remove();
+  }
+  notice.textContent = res?.ok ? '' : refusal(res);
+  return res?.ok ?? false;
+}
+
+/** @param {Response | null} res */
+function refusal(res) {
+  if (res?.status === 429) return fill(T.too_fast, { s: res.headers.get('Retry-After') });
+  return res && res.status < 500 ? T.refused : T.lesson_not_sent;
+}
+
+say.addEventListener('submit', async (/** @type {Event} */ e) => {
+  e.preventDefault();
+  const text = field.value;
+  if (!text.trim()) return field.focus();
+  if (letter.text !== text) letter = { text, id: newId() };
+  const { id } = letter;
+  if (!await post(text, id) || letter.id !== id) return;
+  letter = { text: '', id: '' };
+  if (field.value === text) field.value = '';
+});
+
+/* At times that have nothing to do with the two seconds of polling. */
+ten.addEventListener('click', async () => {
+  ten.disabled = true;
+  for (let i = 1; i <= 10 && await post(`${i}/10`, newId()); i++) await sleep(700 + Math.random() * 800);
+  ten.disabled = false;
+});
+
+// ---- the wire ----
+
+/** The newest message, and the id before the first that the wire has not shown yet.
+ *  @type {{newest: MessageEvent, after: string} | null} */
+let unseen = null;
+let looking = false;
+
+/** A message came on the stream. @param {MessageEvent} newest @param {string} before it: an id */
+function look(newest, before) {
+  unseen = { newest, after: unseen?.after ?? before };
+  showWire();
+}
+
+/** The message as commands to Redis. @param {MessageEvent} e */
+function showCommands({ lastEventId: id, data }) {
+  if (id.includes('.')) return;       // published by another program, which had commands of its own
+  write(commands.id, id);
+  write(commands.line, quote(data));
+  write(commands.entry, quote(`${id} ${data}`));
+}
+
+/** As redis-cli wants it. A line break is U+2028 in Redis. @param {string} text */
+const quote = (text) => `"${text.replace(/["\\]/g, '\\$&').replace(/\n/g, '\\xe2\\x80\\xa8')}"`;
+
+/** At most one look a second. */
+async function showWire() {
+  if (looking) return;
+  looking = true;
+  while (unseen && !frozen && !document.hidden) {
+    await sleep(WIRE_CALM);           // what was missed in a break comes in one go
+    const { newest, after } = unseen;
+    unseen = null;
+    showCommands(newest);
+    await readWire(after).catch(() => null); // the room is away: the next message tries again
+    await sleep(WIRE_PAUSE);
+  }
+  looking = false;
+}
+
+/** Asks as polling does, shows request and answer, and returns the id of the newest message.
+ *  @param {string} after */
+async function readWire(after) {
+  const headers = { Accept: 'text/event-stream', ...(after && { 'Last-Event-ID': after }) };
+  const res = await fetch('/stream?wait=0', { headers, cache: 'no-store' });
+  if (res.status === 401) location.assign('/login');
+  if (!res.ok) throw res;
+  const text = await res.text();
+  const lines = headLines(res);
+  headBytes = size(lines.join('\r\n') + '\r\n');
+  head.textContent = number(headBytes);
+  list(request, ['GET /stream?wait=0 HTTP/1.1', `Host: ${location.host}`,
+    ...Object.entries(headers).map(([name, value]) => `${name}: ${value}`), T.lesson_more_request, '']
+    .map((line) => `request ${line}`));
+  list(answer, [...shortHead(lines).map((line) => `head ${line}`),
+    ...shortBody(text.split('\n').slice(0, -1)).map((line) => `body ${line}`)]);
+  return text.match(/^id: (.+)$/gm)?.at(-1)?.slice(4) ?? after;
+}
+
+/** The header as it came; fetch gives names in small letters. @param {Response} res */
+function headLines(res) {
+  const lines = [...res.headers].map(([name, value]) =>
+    `${name.replace(/\b[a-z]/g, (c) => c.toUpperCase())}: ${value}`);
+  return [`HTTP/1.1 ${res.status} ${res.statusText}`, ...lines, ''];
+}
+
+/** Without the lines that every answer of this server has. @param {string[]} lines */
+function shortHead(lines) {
+  const own = lines.filter((line) => /^(HTTP|Content-Type|Cache|X-Accel|Connection|$)/.test(line));
+  const more = fill(T.lesson_more_head, { n: lines.length - own.length });
+  return [...own.slice(0, -1), more, ''];
+}
+
+/** Its first event and its last ones. @param {string[]} lines */
+function shortBody(lines) {
+  const cut = lines.map((line) => (line.length > WIRE_CHARS ? `${line.slice(0, WIRE_CHARS)}…` : line));
+  if (cut.length <= WIRE_LINES) return cut;
+  const more = fill(T.lesson_more_body, { n: cut.length - WIRE_LINES });
+  return [...cut.slice(0, 2), more, ...cut.slice(2 - WIRE_LINES)];
+}
+
+/** Writes lines, "part text" each, into a list. Its nodes stay, and so does the focus.
+ *  @param {HTMLElement} node @param {string[]} lines */
+function list(node, lines) {
+  while (node.children.length > lines.length) node.lastElementChild?.remove();
+  while (node.children.length < lines.length) {
+    const item = document.createElement('li');
+    item.tabIndex = 0;
+    item.setAttribute('aria-describedby', 'why');
+    node.append(item);
+  }
+  lines.forEach((line, i) => {
+    const item = /** @type {HTMLElement} */ (node.children[i]);
+    item.dataset.line = line;
+    write(item, line.replace(/^\w+ /, ''));
+  });
+}
+
+/** Explains the line that is pointed at, or that has the focus. @param {any} e */
+function explain(e) {
+  const line = e.target.closest('.raw > li')?.dataset.line;
+  if (line === undefined) return;
+  const found = [...whys.children].find((p) => line.startsWith(p.dataset.line));
+  why.textContent = found?.textContent ?? '';
+}
+
+for (const event of ['mouseover', 'focusin', 'click']) $('wire').addEventListener(event, explain);
+
+// ---- who looks ----
+
+let broken = false;
+let drawing = 0;
+let opening = 0;
+
+/** Opens the three ways where they were, or, the first time, at the newest message. */
+async function open() {
+  const mine = ++opening;
+  for (let tries = 0; !start && mine === opening; tries++) {
+    if (tries) await sleep(1000 * Math.min(15, 2 ** tries) * (0.5 + Math.random() / 2));
+    start = await readWire('').catch(() => '');
+  }
+  if (mine === opening) for (const way of all) way.open();
+}
+
+function close() {
+  opening++;
+  for (const way of all) way.close();
+}
+
+/** A tab that is not seen lets go of everything, and comes back where it was. */
+function see() {
+  clearInterval(drawing);
+  close();
+  if (document.hidden) return;
+  drawing = setInterval(draw, matchMedia('(prefers-reduced-motion: reduce)').matches ? 1000 : 100);
+  if (!broken) open();
+}
+
+breaker.addEventListener('click', () => {
+  broken = !broken;
+  breaker.textContent = broken ? T.lesson_mend : T.lesson_break;
+  breaker.classList.toggle('primary', broken);
+  broken ? close() : open();
+});
+
+document.addEventListener('visibilitychange', see);
+addEventListener('pagehide', close);
+addEventListener('pageshow', (e) => e.persisted && see());
+see();
