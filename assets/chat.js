@@ -319,13 +319,21 @@ function showPill() {
   pill.textContent = !projector ? count : below ? `${T.paused} ${count}` : T.paused;
 }
 
+/** Its size when we last looked. In the moment of a change (keyboard, rotation, a growing field) a
+ *  scroll event can come first; that is not the reader who scrolls. */
+let size = '';
+const sizeNow = () => `${log.clientWidth} ${log.clientHeight}`;
+new ResizeObserver(() => {
+  size = sizeNow();
+  if (stuck) toEnd();
+}).observe(log);
+
 log.addEventListener('scroll', () => {
-  if (projector || stuck === atEnd()) return;
+  if (projector || size !== sizeNow() || stuck === atEnd()) return;
   stuck = !stuck;
   if (stuck) below = 0;
   showPill();
 }, { passive: true });
-new ResizeObserver(() => stuck && toEnd()).observe(log); // keyboard, rotation, a growing field
 pill.addEventListener('click', follow);
 document.addEventListener('keydown', (e) => {
   if (e.key === 'End' && e.target !== box) follow();
