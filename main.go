@@ -27,46 +27,63 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 
 # HTTP
 
-	GET  /               the chat page; without a session 303 to /login
+	GET  /               the chat page (?view=projector: in big type, to read only); without a
+	                     session 303 to /login
 	GET  /login          the form; POST it with user= (and password=): 303 and a cookie
 	POST /logout         303, the cookie gone
 	POST /post           message=: 204 when the message is in the room. With an Idempotency-Key
-	                     header (16 to 64 of A-Z a-z 0-9 _ -) the same key is the same message
+	                     header (16 to 64 of A-Z a-z 0-9 _ -) the same key is the same message,
+	                     while it is among the newest 4096. Else the first that holds of: 403
+	                     from another site's page, 401 no session, 415 not a form, 413 over
+	                     64 KiB, 400 a broken form or key, 422 no text, 413 over 4000 characters,
+	                     429 too fast, 503 not sure that it is in the room
 	GET  /stream         recent messages, then live ones, as text/event-stream. After the id in
 	                     Last-Event-ID (or ?after=): just what follows it, from any process.
-	                     ?wait=25s ends after the first messages, or 25 s (long polling);
-	                     ?wait=0 ends at once (polling)
+	                     ?wait=25s ends after the first messages, or 25 s (long polling; at most
+	                     a minute); ?wait=0 ends at once (polling)
 	GET  /lesson         the three ways to receive, side by side
 	GET  /healthz        200 ok, or 503 and why
+	GET  /assets/...     style, scripts and icons of the pages
+
+Behind a proxy on the same machine, X-Forwarded-For tells whose address counts; from any proxy,
+X-Forwarded-Proto: https makes the cookie Secure.
 
 A message on the stream is
 
 	id: 4VXCQ6ZTJ5MHN3D2KAEWRYB7UF
 	data: [12:34:56] 小明: 你好
 
-with a data line for each line of the text. Three more events have a name and empty data:
-ping (up to date; then again after 15 s of silence), wait (the id you came with is not known
-here yet) and gap (what follows does not join what you had).
+with a data line for each line of the text, and the time of the process. An answer begins with
+retry:, the milliseconds after which to come back. Three more events have a name and empty data:
+ping (up to date, with the id as of which; then again, without it, after 15 s of silence), wait
+(the id you came with is not known here yet; until it is, a ping only shows that the connection
+lives) and gap (what follows does not join what you had).
 
 # Redis
 
 	channel chat         the line and nothing else: [12:34:56] 小明: 你好
 	channel chat:id      the id of the line that comes next on chat
-	channel chat:probe   proof that what is published here comes back
+	channel chat:probe   proof that what is published here comes back: a random word of each
+	                     process. "rewritten " before it, or alone, says that the list or the
+	                     key was written back, and the other processes join again
 	list    chat:history id, space, line; the newest 4096, newest last
-	string  chat:key     the key of the cookies
+	string  chat:key     the key of the cookies: the time it was drawn in 16 hex digits, a dash, a
+	                     random word; of two the older is the room's
 
 What other programs publish on chat is shown too. A line break of the text is U+2028 in Redis.
 
 # What is kept
 
-Nothing on disk. The newest 4096 messages live in each process, and in the Redis list.
+Nothing on disk. The newest 4096 messages live in each process, and in the Redis list. The
+browser keeps the cookie chat_session for 30 days: v1, the key's id, expiry, a random id of the
+login, the name (base64url) and a MAC over these, between dots. It is signed, not secret.
 
 # Reading order
 
-The file is told from the outside in: start, the log, frames and cleaning, sessions, limits,
-Redis, the server and its handlers, the stream. The idea is in Log: a message is encoded once,
-readers are positions in one ring, and an id names a message, so whoever has it drops a copy.
+The file is told from the outside in: start (run, configure), the log (Log), frames and cleaning
+(encode, clean), sessions (signer), limits (limiter), Redis (broker), the server and its handlers
+(server), the stream (stream.run). The idea is in Log: a message is encoded once, readers are
+positions in one ring, and an id names a message, so whoever has it drops a copy.
 */
 package main
 
@@ -113,21 +130,23 @@ import (
 
 const (
 	ringSize   = 4096     // messages that the log, the Redis list and the memory of ids hold
-	pageSize   = 16 << 10 // bytes of frames that lie side by side, and so of one write
+	pageSize   = 16 << 10 // bytes of frames that lie side by side and are written at once
 	maxName    = 24       // code points of a name
 	maxMessage = 4000     // code points of a message
 	maxLine    = 4100     // code points of a line from Redis; time, name and message fit
 	maxBody    = 64 << 10 // bytes of a form
 	maxHeader  = 16 << 10 // bytes of a request's header
 
-	heartbeat    = 15 * time.Second // silence after which every stream gets a ping
-	writeTimeout = 30 * time.Second // for a reader to take one page
-	writeRenew   = 15 * time.Second // how late a write's deadline may be, to set it rarely
-	sendBuffer   = 24 << 10         // bytes the kernel keeps for a reader; Linux doubles it
-	unknownGrace = 2 * time.Second  // how long an unknown id may be on its way from Redis
-	maxWait      = time.Minute      // longest ?wait=
-	maxPoll      = 64 << 10         // bytes after which a long poll ends though there is more
-	sessionLife  = 30 * 24 * time.Hour
+	heartbeat    = 15 * time.Second       // silence after which every stream gets a ping
+	writeTimeout = 30 * time.Second       // for a reader to take one page
+	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
+	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
+	unknownGrace = 2 * time.Second        // how long an unknown id may be on its way from Redis
+	maxWait      = time.Minute            // longest ?wait=
+	maxPoll      = 64 << 10               // bytes after which a long poll ends though there is more
+	retryLow     = 1000                   // ms after which the readers of a process that ends come back,
+	retryHigh    = 4000                   // spread up to this
+	sessionLife  = 30 * 24 * time.Hour    // of a cookie
 	stopTimeout  = 400 * time.Millisecond // what shutdown leaves to answers under way
 
 	confirmTimeout = 2 * time.Second        // from POST to the message coming back
@@ -152,8 +171,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
-	var usage usageError
-	if errors.As(err, &usage) {
+	if _, ok := errors.AsType[usageError](err); ok {
 		fmt.Fprintf(os.Stderr, "chat: %v (chat -h lists the flags)\n", err)
 		os.Exit(2)
 	} else if err != nil {
@@ -164,6 +182,9 @@ func main() {
 
 // run is the whole program: it serves the room until ctx ends, then returns nil. A mistake in
 // args or the environment is a usageError.
+//
+// When ctx ends the log closes, which ends every stream; requests see their context end; what is
+// left after stopTimeout is cut off.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	cfg, err := configure(args, getenv, stdout)
 	if err != nil || cfg == nil {
@@ -264,8 +285,7 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 
 // check refuses values that cannot work.
 func (c *config) check() error {
-	host, port, err := net.SplitHostPort(c.addr)
-	if _, bad := strconv.ParseUint(port, 10, 16); err != nil || bad != nil || strings.ContainsAny(host, "@/ ") {
+	if host, _, ok := splitAddr(c.addr); !ok || strings.ContainsAny(host, "@/ ") {
 		return usagef("-addr wants host:port or :port, not %q", redact(c.addr))
 	}
 	if c.history < 0 || c.history > ringSize {
@@ -280,8 +300,11 @@ func (c *config) check() error {
 	return nil
 }
 
-func isWord(s string) bool {
-	return s != "" && !strings.ContainsFunc(s, func(r rune) bool { return r < 'a' || r > 'z' })
+// splitAddr splits host:port, where port is a number.
+func splitAddr(addr string) (host, port string, ok bool) {
+	host, port, err := net.SplitHostPort(addr)
+	_, bad := strconv.ParseUint(port, 10, 16)
+	return host, port, err == nil && bad == nil
 }
 
 // parseRedis reads the value of -redis. Its errors do not repeat the value, which may hold a
@@ -289,8 +312,8 @@ func isWord(s string) bool {
 func parseRedis(text string) (*url.URL, error) {
 	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as localhost:6379")
 	if !strings.Contains(text, "://") {
-		host, port, err := net.SplitHostPort(text)
-		if _, e := strconv.ParseUint(port, 10, 16); err != nil || e != nil {
+		host, port, ok := splitAddr(text)
+		if !ok {
 			return nil, bad
 		}
 		text = "redis://" + net.JoinHostPort(cmp.Or(host, "localhost"), port)
@@ -346,73 +369,13 @@ func versionLine() string {
 
 // cause strips the address, the system call and the name server from a network error.
 func cause(err error) error {
-	var sys *os.SyscallError
-	var dns *net.DNSError
-	switch {
-	case errors.As(err, &sys):
+	if sys, ok := errors.AsType[*os.SyscallError](err); ok {
 		return sys.Err
-	case errors.As(err, &dns):
+	}
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		return errors.New(dns.Err)
 	}
 	return err
-}
-
-// roomURLs lists the addresses at which the room can be opened, the likeliest first: this
-// machine, then networks with neighbours, of these the one that leads out, then tunnels. IPv6,
-// which nobody types, only where there is nothing else.
-func roomURLs(addr net.Addr) []string {
-	tcp := addr.(*net.TCPAddr)
-	at := func(host string) string { return "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port)) }
-	if !tcp.IP.IsUnspecified() {
-		return []string{at(tcp.IP.String())}
-	}
-	out := ""
-	// Connecting a UDP socket sends nothing; it asks the kernel for a route.
-	if c, err := net.Dial("udp4", "192.0.2.1:9"); err == nil {
-		out, _, _ = net.SplitHostPort(c.LocalAddr().String())
-		c.Close()
-	}
-	var likely, others, v6 []string
-	links, _ := net.Interfaces()
-	for _, link := range links {
-		addrs, _ := link.Addrs()
-		for _, a := range addrs {
-			prefix, _ := netip.ParsePrefix(a.String())
-			ip, shared := prefix.Addr(), link.Flags&net.FlagBroadcast != 0
-			switch url := at(ip.String()); {
-			case !ip.IsGlobalUnicast() || link.Flags&net.FlagRunning == 0: // no cable, or a bridge to nothing
-			case ip.Is6():
-				v6 = append(v6, url)
-			case shared && ip.String() == out:
-				likely = slices.Insert(likely, 0, url)
-			case shared:
-				likely = append(likely, url)
-			default:
-				others = append(others, url)
-			}
-		}
-	}
-	urls := slices.Concat([]string{at("localhost")}, likely, others)
-	if len(urls) == 1 && out != "" { // Android does not list its interfaces
-		urls = append(urls, at(out))
-	} else if len(urls) == 1 && tcp.IP.To4() == nil {
-		urls = append(urls, v6...)
-	}
-	return urls
-}
-
-// fileLimit returns how many descriptors the process may open. Linux tells; elsewhere Go has
-// already raised the limit to more than the answer here.
-func fileLimit() int {
-	limits, _ := os.ReadFile("/proc/self/limits")
-	for line := range strings.Lines(string(limits)) {
-		if rest, ok := strings.CutPrefix(line, "Max open files"); ok {
-			if n, err := strconv.Atoi(strings.Fields(rest)[0]); err == nil {
-				return n
-			}
-		}
-	}
-	return 8192
 }
 
 // A Log holds the newest messages of the room, encoded once, in one order. Readers are cursors:
@@ -425,7 +388,7 @@ type Log struct {
 	history int           // messages a newcomer gets
 	grace   time.Duration // how long an unknown id may be on its way; 0 in memory
 
-	mu     sync.Mutex
+	mu     sync.Mutex        // guards all below, and the pages' ends; what is in a page stays
 	ring   []entry           // the entry at position p is ring[p%ringSize]
 	oldest uint64            // position of the oldest entry held
 	next   uint64            // position of the next entry
@@ -433,7 +396,7 @@ type Log struct {
 	newest string            // id of the newest announced message, or "0"; outlives the ring
 	count  int               // announced messages held
 	page   *page             // where the next frame goes
-	wake   chan struct{}     // closed and replaced when anything below or above changes
+	wake   chan struct{}     // closed and replaced at each message, join and heartbeat, and at the end
 	beat   *time.Timer       // wakes everybody after silence
 	joined time.Time         // since when messages flow; zero while Redis is away
 	begun  bool              // it was joined once, so its history is the room's
@@ -575,13 +538,21 @@ func (l *Log) merge(list []message, upTo int) (complete bool) {
 		l.add(m)
 		l.at(l.next - 1).unsure = gap && len(list) < ringSize
 	}
-	complete, met = true, len(list) < ringSize // a full list has no room for what is older
+	return l.covered(listed, len(list) >= ringSize)
+}
+
+// covered tells whether the list has every announced message of the log. A full list has no
+// room for what is older than the first one that both have. The caller holds mu.
+func (l *Log) covered(listed map[string]bool, full bool) bool {
+	met := !full
 	for pos := l.oldest; pos < l.next; pos++ {
 		m := l.at(pos)
 		met = met || listed[m.id]
-		complete = complete && (!met || !m.announced() || listed[m.id])
+		if met && m.announced() && !listed[m.id] {
+			return false
+		}
 	}
-	return complete
+	return true
 }
 
 // posted returns the announced messages held, oldest first.
@@ -597,11 +568,11 @@ func (l *Log) posted() []message {
 	return list
 }
 
-// head returns the id of the newest announced message, or "0", and how many are held.
-func (l *Log) head() (newest string, count int) {
+// size returns how many announced messages are held.
+func (l *Log) size() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.newest, l.count
+	return l.count
 }
 
 // join says that messages flow from now on.
@@ -640,9 +611,9 @@ func (l *Log) has(id string) (known bool, wake <-chan struct{}) {
 func (l *Log) later(id, other string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	pos, here := l.index[id]
-	than, held := l.index[other]
-	return here && (!held || pos > than)
+	pos, known := l.index[id]
+	otherPos, otherKnown := l.index[other]
+	return known && (!otherKnown || pos > otherPos)
 }
 
 // A place is what the log says of an id that a reader came with.
@@ -739,14 +710,15 @@ func (l *Log) before(c cursor) string {
 }
 
 // The frames of the events that are not messages. The empty data line makes a browser
-// dispatch them, and without an id they leave its Last-Event-ID alone.
+// dispatch them, and without an id they leave its Last-Event-ID alone; pingAt has one.
 var (
 	gapFrame  = []byte("event: gap\ndata:\n\n")
 	waitFrame = []byte("event: wait\ndata:\n\n")
 	pingFrame = []byte("event: ping\ndata:\n\n")
 )
 
-// encode returns the frame of a message: a data line for each line of its text.
+// encode returns the frame of a message: a data line for each line of its text. A browser takes
+// one space after the colon away (HTML, section 9.2.6), so the text's own first space is safe.
 func encode(m message) []byte {
 	b := make([]byte, 0, len(m.id)+len(m.line)+32)
 	b = append(append(append(b, "id: "...), m.id...), '\n')
@@ -783,7 +755,7 @@ func validID(s string) bool {
 	if !foreign {
 		return validKey(s)
 	}
-	return (base == "0" || validKey(base)) && len(hash) == 8 && isWord(hash)
+	return (base == "0" || validKey(base)) && len(hash) == 8 && strings.Trim(hash, "abcdefghijklmnopqrstuvwxyz") == ""
 }
 
 // clean returns s as the room shows it: CRLF, CR and U+2028 are line breaks (LF), bytes that
@@ -872,7 +844,7 @@ type session struct {
 }
 
 // sign returns the cookie's value: version, key, expiry, id and name, and the MAC over these as
-// they stand. The name is encoded because http.SetCookie drops what is not ASCII.
+// they stand. The name is encoded because http.SetCookie drops what RFC 6265 forbids.
 func (k *signer) sign(s session) string {
 	name := base64.RawURLEncoding.EncodeToString([]byte(s.name))
 	body := fmt.Sprintf("v1.%s.%d.%s.%s", k.id, s.expires.Unix(), s.id, name)
@@ -931,7 +903,7 @@ type limiter struct {
 	every time.Duration // 0: no limit
 	burst int
 
-	mu    sync.Mutex
+	mu    sync.Mutex // guards full and sweep
 	full  map[string]time.Time
 	sweep int // size at which full is rid of those whose moment has passed
 }
@@ -986,10 +958,10 @@ type broker struct {
 
 	posts chan *post
 	start time.Time    // of the broker; heard counts from it, so that a changed clock does not matter
-	heard atomic.Int64 // when the subscription last brought a line, in nanoseconds
+	heard atomic.Int64 // when the subscription last brought a line or our probe, in ns after start
 
-	mu   sync.Mutex
-	away error // why the room is not joined; nil while it is
+	mu   sync.Mutex // guards away
+	away error      // why the room is not joined; nil while it is
 
 	// Foreign lines are numbered among equal ones since the announced line before them.
 	// Used only by the goroutine that follows the subscription.
@@ -1006,7 +978,7 @@ type post struct {
 var (
 	errNotJoined = errors.New("not joined yet")
 	errProbe     = errors.New("what is published does not come back")
-	errForgot    = errors.New("the history was replaced")
+	errForgot    = errors.New("the history or the key was written anew")
 )
 
 func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string, time.Time)) *broker {
@@ -1015,10 +987,14 @@ func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(strin
 }
 
 // run keeps the room joined until ctx ends. It logs changes of state, not attempts.
+//
+// While Redis is away posts get 503, readers stay connected and hear pings, and nothing is
+// appended. To join again is to agree on the key, subscribe, take the list into the log, write it
+// back if it lacks something, and see that what is published comes back.
 func (b *broker) run(ctx context.Context) {
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
 		start := time.Now()
-		err := b.session(ctx)
+		err := b.stay(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -1054,8 +1030,7 @@ func (b *broker) join() {
 	b.mu.Unlock()
 	if was != nil {
 		b.log.join()
-		_, n := b.log.head()
-		b.logf("redis is joined, %d messages held", n)
+		b.logf("redis is joined, %d messages held", b.log.size())
 	}
 }
 
@@ -1101,8 +1076,8 @@ func (b *broker) publish(ctx context.Context, m message) error {
 	}
 }
 
-// session joins the room and stays until something breaks, and returns what did.
-func (b *broker) session(ctx context.Context) error {
+// stay joins the room and stays until something breaks, and returns what did.
+func (b *broker) stay(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // closes both connections
 	pub, err := b.dial(ctx)
@@ -1132,7 +1107,7 @@ func (b *broker) session(ctx context.Context) error {
 	}()
 	err = b.serve(pub, probe, echo, broken)
 	cancel()
-	for range broken { // the next session must be the only one to append
+	for range broken { // the next stay must be the only one to append
 	}
 	return err
 }
@@ -1186,7 +1161,7 @@ func (b *broker) shareKey(c redis.Conn) error {
 
 // subscribe starts the subscription and returns the id of the list's newest message as it was
 // at that moment, "" if there was none. The list itself is read on the other connection: Redis
-// ends a subscriber to whom it owes more than 32 MB, and a list can be twice that. What was
+// ends a subscriber to whom it owes over 32 MB, or over 8 MB for a minute, and a list can be 64 MB. What was
 // published in between comes twice, and the second copy is dropped.
 func (b *broker) subscribe(c redis.Conn) (head string, err error) {
 	c.Send("MULTI")
@@ -1198,9 +1173,9 @@ func (b *broker) subscribe(c redis.Conn) (head string, err error) {
 	if err != nil {
 		return "", err
 	}
-	list, err := parseList(replies[len(replies)-1])
-	for _, m := range list {
-		head = m.id
+	newest, err := parseList(replies[len(replies)-1])
+	if len(newest) > 0 {
+		head = newest[0].id
 	}
 	return head, err
 }
@@ -1316,10 +1291,11 @@ func seam(list []message, head string) int {
 	return len(list) // head was pushed out since
 }
 
-// follow appends what the subscription brings, and returns when it breaks. The publishes of one
-// EXEC come next to each other, so the id before a line is the line's.
+// follow appends what the subscription brings, and returns when it breaks. Redis lets nothing come
+// between the commands of one EXEC, so the id before a line is the line's.
 func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) error {
-	id, current := "", false // whether the subscription has come to the list that was taken
+	id := ""          // announces the next line
+	caughtUp := false // with the list that was taken: our own probe has come
 	for {
 		switch m := (redis.PubSubConn{Conn: sub}).ReceiveWithTimeout(0).(type) {
 		case error:
@@ -1327,12 +1303,12 @@ func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) erro
 		case redis.Message:
 			switch m.Channel {
 			case b.channel + ":probe":
-				by, was := strings.CutPrefix(string(m.Data), rewritten)
-				if was && by != probe && current {
+				sender, wroteBack := strings.CutPrefix(string(m.Data), rewritten)
+				if wroteBack && sender != probe && caughtUp {
 					return errForgot
 				}
-				if by == probe {
-					current = true
+				if sender == probe {
+					caughtUp = true
 					select {
 					case echo <- struct{}{}:
 					default: // the one before is not taken yet
@@ -1344,7 +1320,7 @@ func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) erro
 					id = string(m.Data)
 				}
 			case b.channel:
-				b.take(id, string(m.Data))
+				b.receive(id, string(m.Data))
 				id = ""
 			}
 			b.heard.Store(int64(time.Since(b.start)))
@@ -1352,18 +1328,17 @@ func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) erro
 	}
 }
 
-// take appends a line from Redis, under the id that announced it or one derived from it.
-func (b *broker) take(id, raw string) {
+// receive appends a line from Redis, under the id that announced it or one derived from it.
+func (b *broker) receive(id, raw string) {
 	line := fromRedis(raw)
-	if blank(line) {
-		return
-	}
-	if id == "" {
+	switch {
+	case blank(line):
+	case id == "":
 		b.log.append(message{b.foreignID(raw), line})
-		return
+	default:
+		b.log.append(message{id, line})
+		b.heardOf(id)
 	}
-	b.log.append(message{id, line})
-	b.heardOf(id)
 }
 
 // heardOf notes that the channel has come to an announced message. A copy of an earlier one
@@ -1400,7 +1375,8 @@ func (b *broker) foreignID(raw string) string {
 func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broken <-chan error) error {
 	tick := time.NewTimer(probeTimeout)
 	defer tick.Stop()
-	for probing := true; ; { // the first probe went out with the list
+	probing := true // the first probe went out with the list
+	for {
 		select {
 		case err := <-broken:
 			return err
@@ -1418,7 +1394,7 @@ func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broke
 			switch {
 			case probing && len(echo) == 0:
 				return errProbe
-			case probing:
+			case probing: // it is back, and is taken next
 			case silence < redisSilence:
 				tick.Reset(redisSilence - silence)
 			default:
@@ -1461,14 +1437,14 @@ func (b *broker) batch(p *post) []*post {
 }
 
 // send publishes a batch in one round trip, each post a transaction of its own, and tells each
-// how it went. On an error the session is over.
+// how it went. On an error the stay is over.
 func (b *broker) send(c redis.Conn, batch []*post) (err error) {
 	defer func() {
 		for _, p := range batch {
 			p.done <- err
 		}
 	}()
-	_, held := b.log.head()
+	held := b.log.size()
 	list := b.channel + ":history"
 	for _, p := range batch {
 		line := toRedis(p.line)
@@ -1538,15 +1514,27 @@ type server struct {
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
 
-	mu       sync.Mutex
+	mu       sync.Mutex // guards streams, and the conn of each until it runs
 	streams  map[*stream]struct{}
 	finished sync.WaitGroup // the goroutines of streams
 }
 
+// fileLimit returns how many descriptors the process may open. Linux tells; elsewhere Go has
+// already raised the limit to more than the answer here.
+func fileLimit() int {
+	limits, _ := os.ReadFile("/proc/self/limits")
+	for line := range strings.Lines(string(limits)) {
+		if rest, ok := strings.CutPrefix(line, "Max open files"); ok {
+			if n, err := strconv.Atoi(strings.Fields(rest)[0]); err == nil {
+				return n
+			}
+		}
+	}
+	return 8192
+}
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf, streams: map[*stream]struct{}{}}
-	s.maxConns = max(fileLimit()-spareFiles-busyConns, busyConns)
-	s.maxStreams = s.maxConns - s.maxConns/8
+	s.maxConns, s.maxStreams = capacity(fileLimit())
 	if cfg.rate > 0 {
 		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: 10}
 		s.logins = limiter{every: time.Second / 5, burst: 400}
@@ -1569,6 +1557,13 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	return s, s.loadAssets()
 }
 
+// capacity returns how many connections the process serves with so many descriptors, and how
+// many of them may be streams: the others can still post.
+func capacity(files int) (conns, streams int) {
+	conns = max(files-spareFiles-busyConns, busyConns)
+	return conns, conns - conns/8
+}
+
 // A file is one of the assets, named by its content for the browser's cache.
 type file struct {
 	kind, etag string
@@ -1579,7 +1574,7 @@ type file struct {
 func (s *server) loadAssets() (err error) {
 	// The types are named here because on Windows the system's may be anything.
 	kinds := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-		".svg": "image/svg+xml", ".png": "image/png"}
+		".svg": "image/svg+xml"}
 	s.pages, err = template.New("").Option("missingkey=error").ParseFS(assets, "assets/*.html")
 	if err != nil {
 		return err
@@ -1592,6 +1587,9 @@ func (s *server) loadAssets() (err error) {
 		return fmt.Errorf("reading strings.json: %w", err)
 	}
 	names, err := fs.Glob(assets, "assets/*")
+	if err != nil {
+		return err
+	}
 	s.files = map[string]file{}
 	for _, name := range names {
 		content, err := assets.ReadFile(name)
@@ -1599,10 +1597,10 @@ func (s *server) loadAssets() (err error) {
 			return err
 		}
 		if kind, ok := kinds[path.Ext(name)]; ok {
-			s.files[path.Base(name)] = file{kind, fmt.Sprintf(`"%x"`, sha256.Sum256(content))[:18] + `"`, content}
+			s.files[path.Base(name)] = file{kind, fmt.Sprintf(`"%.8x"`, sha256.Sum256(content)), content}
 		}
 	}
-	return err
+	return nil
 }
 
 // httpServer returns the server with its bounds: each of a request's parts takes bounded time
@@ -1613,7 +1611,7 @@ func (s *server) httpServer(ctx context.Context) *http.Server {
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       20 * time.Second,
 		WriteTimeout:      30 * time.Second,
-		IdleTimeout:       75 * time.Second,
+		IdleTimeout:       75 * time.Second,  // longer than a proxy's, usually a minute: it closes first
 		MaxHeaderBytes:    maxHeader - 4<<10, // net/http allows 4 KiB more than it is told
 		ErrorLog:          log.New(onlyPanics(s.logf), "", 0),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
@@ -1809,8 +1807,7 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 		return nil, false
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	var tooBig *http.MaxBytesError
-	if errors.As(err, &tooBig) {
+	if _, tooBig := errors.AsType[*http.MaxBytesError](err); tooBig {
 		http.Error(w, fmt.Sprintf("the form is over %d bytes", maxBody), http.StatusRequestEntityTooLarge)
 		return nil, false
 	}
@@ -1862,7 +1859,6 @@ func (s *server) show(w http.ResponseWriter, r *http.Request, status int, page s
 	}
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Language", v.Lang)
-	w.Header().Set("Vary", "Accept-Language, Cookie")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	w.Write(b.Bytes())
@@ -1887,18 +1883,68 @@ func language(accept string) string {
 
 func (s *server) chat(w http.ResponseWriter, r *http.Request) {
 	sess, who := s.identify(r)
-	switch who {
-	case member:
-		v := view{Name: sess.name, Join: s.joinURL(r)}
-		if r.URL.Query().Get("view") == "projector" {
-			v.View = "projector"
-		}
-		s.show(w, r, http.StatusOK, "chat.html", v)
-	case pending:
-		unavailable(w, cannotTell)
-	default:
-		http.Redirect(w, r, "/login", http.StatusSeeOther)
+	if who != member {
+		turnAway(w, r, who)
+		return
 	}
+	v := view{Name: sess.name, Join: s.joinURL(r)}
+	if r.URL.Query().Get("view") == "projector" {
+		v.View = "projector"
+	}
+	s.show(w, r, http.StatusOK, "chat.html", v)
+}
+
+// turnAway answers who asks for a page that only members get.
+func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
+	if who == pending {
+		unavailable(w, cannotTell)
+		return
+	}
+	http.Redirect(w, r, "/login", http.StatusSeeOther)
+}
+
+// roomURLs lists the addresses at which the room can be opened, the likeliest first: this
+// machine, then networks with neighbours, of these the one that leads out, then tunnels. IPv6,
+// which nobody types, only where there is nothing else.
+func roomURLs(addr net.Addr) []string {
+	tcp := addr.(*net.TCPAddr)
+	at := func(host string) string { return "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port)) }
+	if !tcp.IP.IsUnspecified() {
+		return []string{at(tcp.IP.String())}
+	}
+	out := ""
+	// Connecting a UDP socket sends nothing; it asks the kernel for a route.
+	if c, err := net.Dial("udp4", "192.0.2.1:9"); err == nil {
+		out, _, _ = net.SplitHostPort(c.LocalAddr().String())
+		c.Close()
+	}
+	var likely, others, v6 []string
+	links, _ := net.Interfaces()
+	for _, link := range links {
+		addrs, _ := link.Addrs()
+		for _, a := range addrs {
+			prefix, _ := netip.ParsePrefix(a.String())
+			ip, shared := prefix.Addr(), link.Flags&net.FlagBroadcast != 0
+			switch url := at(ip.String()); {
+			case !ip.IsGlobalUnicast() || link.Flags&net.FlagRunning == 0: // no cable, or a bridge to nothing
+			case ip.Is6():
+				v6 = append(v6, url)
+			case shared && ip.String() == out:
+				likely = slices.Insert(likely, 0, url)
+			case shared:
+				likely = append(likely, url)
+			default:
+				others = append(others, url)
+			}
+		}
+	}
+	urls := slices.Concat([]string{at("localhost")}, likely, others)
+	if len(urls) == 1 && out != "" { // Android does not list its interfaces
+		urls = append(urls, at(out))
+	} else if len(urls) == 1 && tcp.IP.To4() == nil {
+		urls = append(urls, v6...)
+	}
+	return urls
 }
 
 // joinURL is the address that others open: the one this page was opened at, unless only this
@@ -1920,7 +1966,7 @@ func (s *server) joinURL(r *http.Request) string {
 
 // secure tells whether the browser's side of the connection is TLS, which a proxy ends.
 func secure(r *http.Request) bool {
-	return r.TLS != nil || strings.EqualFold(r.Header.Get("X-Forwarded-Proto"), "https")
+	return strings.EqualFold(r.Header.Get("X-Forwarded-Proto"), "https")
 }
 
 func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
@@ -2039,15 +2085,12 @@ func (s *server) accept(w http.ResponseWriter, r *http.Request, sess session, id
 }
 
 func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
-	_, who := s.identify(r)
-	switch {
-	case s.cfg.password == "" || who == member:
-		s.show(w, r, http.StatusOK, "lesson.html", view{Redis: s.broker != nil, Channel: s.cfg.channel, Process: s.process})
-	case who == pending:
-		unavailable(w, cannotTell)
-	default:
-		http.Redirect(w, r, "/login", http.StatusSeeOther)
+	if _, who := s.identify(r); who != member && s.cfg.password != "" {
+		turnAway(w, r, who)
+		return
 	}
+	s.show(w, r, http.StatusOK, "lesson.html",
+		view{Redis: s.broker != nil, Channel: s.cfg.channel, Process: s.process})
 }
 
 func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
@@ -2080,17 +2123,9 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 	if _, ok := s.admit(w, r, false); !ok {
 		return
 	}
-	query, err := parseForm(r.URL.RawQuery)
+	st, err := s.newStream(r)
 	if err != nil {
-		http.Error(w, "the query is broken", http.StatusBadRequest)
-		return
-	}
-	st := &stream{log: s.log, poll: query.Has("wait"), from: cmp.Or(r.Header.Get("Last-Event-ID"), query.Get("after"))}
-	if st.poll {
-		st.wait, err = time.ParseDuration(query.Get("wait"))
-	}
-	if err != nil || st.wait < 0 {
-		http.Error(w, "wait wants 0 or a time such as 25s", http.StatusBadRequest)
+		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
 	h := w.Header()
@@ -2127,6 +2162,23 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
+// newStream reads what a request for events asks for.
+func (s *server) newStream(r *http.Request) (*stream, error) {
+	query, err := parseForm(r.URL.RawQuery)
+	if err != nil {
+		return nil, errors.New("the query is broken")
+	}
+	st := &stream{log: s.log, poll: query.Has("wait"),
+		from: cmp.Or(r.Header.Get("Last-Event-ID"), query.Get("after"))}
+	if st.poll {
+		st.wait, err = time.ParseDuration(query.Get("wait"))
+	}
+	if err != nil || st.wait < 0 {
+		return nil, errors.New("wait wants 0 or a time such as 25s")
+	}
+	return st, nil
+}
+
 // enter makes the stream one of those that shutdown ends, unless there are too many.
 func (s *server) enter(st *stream) bool {
 	s.mu.Lock()
@@ -2160,7 +2212,7 @@ type stream struct {
 // closed. A poll ends when it is up to date; a long one needs a message for that, and does not
 // go on for ever in a room that is faster than its reader.
 func (st *stream) run() {
-	low, high := 1000, 4000
+	low, high := retryLow, retryHigh
 	var end <-chan time.Time // of a long poll; nil, and so never, for a stream
 	if st.poll {
 		low, high = 2000, 2000
@@ -2190,7 +2242,7 @@ func (st *stream) run() {
 			continue
 		}
 		if wake == nil {
-			st.write(retryFrame(1000, 4000))
+			st.write(retryFrame(retryLow, retryHigh))
 			return
 		}
 		if !greeted && !st.ping() || greeted && len(frames) == 0 && !st.write(pingFrame) {
@@ -2220,7 +2272,7 @@ func (st *stream) settle(end <-chan time.Time) bool {
 			return true
 		}
 		if p.wake == nil {
-			st.write(retryFrame(1000, 4000))
+			st.write(retryFrame(retryLow, retryHigh))
 			return false
 		}
 		var lapsed <-chan time.Time

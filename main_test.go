@@ -884,7 +884,7 @@ func TestLogKeepsTheNewest(t *testing.T) {
 	if got := len(l.index); got != ringSize {
 		t.Errorf("the index holds %d ids, want %d", got, ringSize)
 	}
-	if _, n := l.head(); n != ringSize {
+	if n := l.size(); n != ringSize {
 		t.Errorf("counted %d messages, want %d", n, ringSize)
 	}
 	c := l.find(testID(1)).cursor
@@ -1374,8 +1374,10 @@ func FuzzFrame(f *testing.F) {
 		if again, _ := clean(text, maxMessage); again != text {
 			t.Fatalf("cleaned again, %q became %q", text, again)
 		}
+		if all, _ := clean(s, len(s)); cut != (utf8.RuneCountInString(all) > maxMessage) {
+			t.Fatalf("clean(%q) says cut: %v", s, cut)
+		}
 		checkFrame(t, message{testID(1), text})
-		_ = cut
 	})
 }
 
@@ -7624,8 +7626,8 @@ func TestShellLines(t *testing.T) {
 
 // The number of readers in README.md is the one that the limits give.
 func TestReadersOfALimit(t *testing.T) {
-	conns := 1024 - spareFiles - busyConns
-	if want := fmt.Sprintf("of 1024 it serves %d readers", conns-conns/8); !strings.Contains(strings.Join(strings.Fields(readFile(t, "README.md")), " "), want) {
+	_, streams := capacity(1024)
+	if want := fmt.Sprintf("of 1024 it serves %d readers", streams); !strings.Contains(strings.Join(strings.Fields(readFile(t, "README.md")), " "), want) {
 		t.Errorf("README.md does not say %q", want)
 	}
 }
@@ -7705,6 +7707,12 @@ func TestDocumentsAgree(t *testing.T) {
 		if !strings.Contains(strings.Join(strings.Fields(readme), " "), text) {
 			t.Errorf("README.md does not say %s: %q", what, text)
 		}
+	}
+	if script := readFile(t, "assets/chat.js"); !strings.Contains(script, fmt.Sprintf("MAX = %d", maxMessage)) {
+		t.Errorf("chat.js does not know that a message has %d characters at most", maxMessage)
+	}
+	if texts := readFile(t, "assets/strings.json"); strings.Count(texts, fmt.Sprintf(" %d ", maxName)) < 2 {
+		t.Errorf("strings.json does not say that a name has %d characters at most", maxName)
 	}
 	line := regexp.MustCompile(`go test -race .*`)
 	if inReadme, inCI := line.FindString(readme), line.FindString(readFile(t, ".ci/run")); inReadme != inCI {
