@@ -142,6 +142,7 @@ const (
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
 	unknownGrace = 2 * time.Second        // how long an unknown id may be on its way from Redis
+	maxAsked     = 1000                   // unknown ids of polls that are remembered
 	maxWait      = time.Minute            // longest ?wait=
 	maxPoll      = 64 << 10               // bytes after which a long poll ends though there is more
 	retryLow     = 1000                   // ms after which the readers of a process that ends come back,
@@ -168,14 +169,14 @@ const (
 var assets embed.FS
 
 func main() {
+	signal.Ignore(syscall.SIGPIPE) // a log that nobody reads must not end the room
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
-	if _, ok := errors.AsType[usageError](err); ok {
-		fmt.Fprintf(os.Stderr, "chat: %v (chat -h lists the flags)\n", err)
-		os.Exit(2)
-	} else if err != nil {
+	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintf(os.Stderr, "chat: %v\n", err)
+		if _, usage := errors.AsType[usageError](err); usage {
+			os.Exit(2)
+		}
 		os.Exit(1)
 	}
 }
@@ -238,6 +239,8 @@ type config struct {
 // may hold a password.
 type usageError struct{ error }
 
+func (e usageError) Error() string { return e.error.Error() + " (chat -h lists the flags)" }
+
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
 // configure reads flags and environment. It returns nil and no error when the answer was to
@@ -294,6 +297,9 @@ func (c *config) check() error {
 	if !(c.rate >= 0) || math.IsInf(c.rate, 0) || c.rate > 0 && c.rate < 0.001 {
 		return usagef("-rate wants messages a second, or 0 for no limit, not %v", c.rate)
 	}
+	if strings.HasSuffix(c.channel, ":id") || strings.HasSuffix(c.channel, ":probe") {
+		return usagef("-channel wants a name that does not end like a channel beside another: %q", redact(c.channel))
+	}
 	if c.channel == "" || strings.ContainsFunc(c.channel, func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }) {
 		return usagef("-channel wants a name without spaces, not %q", redact(c.channel))
 	}
@@ -319,13 +325,14 @@ func parseRedis(text string) (*url.URL, error) {
 		text = "redis://" + net.JoinHostPort(cmp.Or(host, "localhost"), port)
 	}
 	u, err := url.Parse(text)
-	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Opaque != "" || u.Host == "" {
+	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Opaque != "" || u.Hostname() == "" {
 		return nil, bad
 	}
-	if db := strings.Trim(u.Path, "/"); db != "" {
-		if n, err := strconv.Atoi(db); err != nil || n < 0 {
-			return nil, bad
-		}
+	_, _, portOK := splitAddr(u.Host)
+	_, dbErr := strconv.ParseUint(cmp.Or(strings.TrimPrefix(u.Path, "/"), "0"), 10, 16)
+	// A password with an unescaped # or ? ends up in the parts that are not the user's.
+	if u.Port() != "" && !portOK || dbErr != nil || u.RawQuery != "" || u.Fragment != "" {
+		return nil, bad
 	}
 	return u, nil
 }
@@ -388,18 +395,19 @@ type Log struct {
 	history int           // messages a newcomer gets
 	grace   time.Duration // how long an unknown id may be on its way; 0 in memory
 
-	mu     sync.Mutex        // guards all below, and the pages' ends; what is in a page stays
-	ring   []entry           // the entry at position p is ring[p%ringSize]
-	oldest uint64            // position of the oldest entry held
-	next   uint64            // position of the next entry
-	index  map[string]uint64 // id of each message held → its position
-	newest string            // id of the newest announced message, or "0"; outlives the ring
-	count  int               // announced messages held
-	page   *page             // where the next frame goes
-	wake   chan struct{}     // closed and replaced at each message, join and heartbeat, and at the end
-	beat   *time.Timer       // wakes everybody after silence
-	joined time.Time         // since when messages flow; zero while Redis is away
-	begun  bool              // it was joined once, so its history is the room's
+	mu     sync.Mutex           // guards all below, and the pages' ends; what is in a page stays
+	ring   []entry              // the entry at position p is ring[p%ringSize]
+	oldest uint64               // position of the oldest entry held
+	next   uint64               // position of the next entry
+	index  map[string]uint64    // id of each message held → its position
+	newest string               // id of the newest announced message, or "0"; outlives the ring
+	count  int                  // announced messages held
+	page   *page                // where the next frame goes
+	wake   chan struct{}        // closed and replaced at each message, join and heartbeat, and at the end
+	beat   *time.Timer          // wakes everybody after silence
+	asked  map[string]time.Time // unknown id → when a poll first asked for it
+	joined time.Time            // since when messages flow; zero while Redis is away
+	begun  bool                 // it was joined once, so its history is the room's
 	closed bool
 }
 
@@ -516,6 +524,7 @@ func (l *Log) merge(list []message, upTo int) (complete bool) {
 	var missing []message
 	for i, m := range list {
 		_, known := l.index[m.id]
+		known = known || m.id == l.newest // which foreign lines may have pushed out
 		switch {
 		case listed[m.id] || !known && i >= upTo: // a second attempt of the same post, or not yet
 		case known && !met:
@@ -605,6 +614,22 @@ func (l *Log) has(id string) (known bool, wake <-chan struct{}) {
 	defer l.mu.Unlock()
 	_, known = l.index[id]
 	return known, l.wake
+}
+
+// firstAsked returns since when polls have asked for an id that is not known. A poll ends before
+// it can wait for it; without this memory the next one would begin to wait anew, for ever.
+func (l *Log) firstAsked(id string) time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	when, again := l.asked[id]
+	if !again {
+		if l.asked == nil || len(l.asked) == maxAsked {
+			l.asked = map[string]time.Time{}
+		}
+		when = time.Now()
+		l.asked[id] = when
+	}
+	return when
 }
 
 // later tells whether the message id is here and comes after the other, or the other is not.
@@ -1121,8 +1146,12 @@ func (b *broker) dial(ctx context.Context) (redis.Conn, error) {
 		}
 		return c, err
 	}
-	return redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial), redis.DialReadTimeout(redisTimeout),
+	c, err := redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial), redis.DialReadTimeout(redisTimeout),
 		redis.DialWriteTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
+	if why, _, echo := strings.Cut(fmt.Sprint(err), ", with args"); echo {
+		err = errors.New(why) // a server that does not know AUTH repeats the password
+	}
+	return c, err
 }
 
 // shareKey agrees with the other processes on the key of the cookies: the first one draws it,
@@ -1408,13 +1437,21 @@ func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broke
 	}
 }
 
-// sendProbe publishes to the probe channel, and writes to the list so that a read-only replica
-// or a key of another type shows.
+// sendProbe publishes to the probe channel. It also looks how long the list is, which shows that
+// Redis forgot it, and writes to it, which shows a read-only replica or a key of another type.
 func (b *broker) sendProbe(c redis.Conn, probe string) error {
+	held := b.log.size()
 	c.Send("MULTI")
+	c.Send("LLEN", b.channel+":history")
 	b.queueProbe(c, probe)
-	_, err := results(c.Do("EXEC"))
-	return err
+	replies, err := results(c.Do("EXEC"))
+	if err != nil {
+		return err
+	}
+	if length, _ := replies[0].(int64); length < int64(held) {
+		return errForgot
+	}
+	return nil
 }
 
 func (b *broker) queueProbe(c redis.Conn, probe string) {
@@ -2277,6 +2314,9 @@ func (st *stream) settle(end <-chan time.Time) bool {
 		}
 		var lapsed <-chan time.Time
 		if !p.joined.IsZero() {
+			if st.poll && !told && st.from != "" {
+				came = st.log.firstAsked(st.from)
+			}
 			left := st.log.grace - min(time.Since(came), time.Since(p.joined))
 			if left <= 0 {
 				st.at = lost

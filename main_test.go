@@ -942,6 +942,20 @@ func TestLogMerge(t *testing.T) {
 	}
 }
 
+// Nor when foreign lines have pushed all of it out.
+func TestLogKnowsWhatForeignLinesPushedOut(t *testing.T) {
+	l := newTestLog(t, 10, numbered(0, 5))
+	for i := range ringSize {
+		l.append(message{fmt.Sprintf("%s.%08d", testID(4), i), "foreign"})
+	}
+	c := l.find("").cursor
+	drain(l, &c)
+	l.merge(numbered(0, 6), 6)
+	if got, want := drain(l, &c), []string{"line 5"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
 // What stands in the list behind the seam comes by the subscription: it is not taken, and the
 // list is as full and as complete as it is with it.
 func TestLogMergeUpToTheSeam(t *testing.T) {
@@ -992,6 +1006,10 @@ func TestLogIsUnsureBehindAGap(t *testing.T) {
 
 // A full list has no room for what is older, so it does not lack it.
 func TestLogAwayForAFullList(t *testing.T) {
+	l := newTestLog(t, 10, numbered(0, ringSize))
+	if list := append(numbered(1, ringSize-1), numbered(5, 1)...); !l.merge(list, len(list)) {
+		t.Error("a list with a second copy, which pushed the oldest message out, counts as incomplete")
+	}
 	for _, shared := range []int{0, 1, 100} {
 		l := newTestLog(t, 10, numbered(0, 50+shared))
 		if !l.merge(numbered(50, ringSize), ringSize) {
@@ -1149,6 +1167,22 @@ func TestStreamInTime(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A poll that asks again for an id that is still not known is told in the end.
+func TestPollsOfALostPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLog(200, unknownGrace)
+		defer l.close()
+		l.join()
+		l.append(numbered(0, 1)[0])
+		for _, want := range [][]string{{"0s wait", "0s ping"}, {"0s wait", "0s ping"}, {"0s gap", "0s line 0", "0s ping"}} {
+			if got := watch(t, &stream{log: l, from: testID(9), poll: true}, time.Minute); !slices.Equal(got, want) {
+				t.Errorf("got %q, want %q", got, want)
+			}
+			time.Sleep(1200 * time.Millisecond)
+		}
+	})
 }
 
 // A reader that stops reading is given up, and one that reads slowly is not.
@@ -1348,7 +1382,8 @@ func TestRedactHidesThePassword(t *testing.T) {
 func TestParseRedis(t *testing.T) {
 	for text, want := range map[string]string{
 		"localhost:6379": "redis://localhost:6379", "redis://h": "redis://h", "rediss://:secret@h:1/2": "rediss://:secret@h:1/2",
-		"localhost": "", "http://h": "", "redis://": "", "redis://h/x": "", "redis:h:1": "", "h:1/2": "", "redis://h:port": "", "[::1]:6379": "redis://[::1]:6379",
+		"localhost": "", "http://h": "", "redis://": "", "redis://h/x": "", "redis:h:1": "", "h:1/2": "", "redis://h:port": "", "redis://:12#secret@h:1": "", "redis://u:12?secret@h": "", "redis://h:99999": "",
+		"redis://:secret@h:1:2": "", "redis://h:1/2/": "", "redis://h/": "redis://h/", "redis://[::1]": "redis://[::1]", "[::1]:6379": "redis://[::1]:6379",
 	} {
 		u, err := parseRedis(text)
 		if want == "" && err == nil || want != "" && (err != nil || u.String() != want) {
@@ -1458,6 +1493,61 @@ func TestOlderKeyIsTheRooms(t *testing.T) {
 			_, ok := newSigner(test.want, "", time.Time{}).verify(newClient(t, room.url).login("小明").session().Value, time.Now())
 			return ok
 		})
+	}
+}
+
+// Redis that forgets while nobody posts gets the history back, so that it does not end with the
+// process that holds it.
+func TestForgottenWhileQuiet(t *testing.T) {
+	t.Parallel()
+	redis := startRedis(t)
+	room := redis.room().joined()
+	newClient(t, room.url).say("a", "b", "c")
+	redis.do("FLUSHALL")
+	eventually(t, "the list to be back", func() bool { return len(redis.history()) == 3 })
+}
+
+// A server that does not know AUTH repeats its arguments, which must not be shown.
+func TestPasswordThatRedisRepeats(t *testing.T) {
+	t.Parallel()
+	redis := startRedis(t, "--rename-command", "AUTH", "")
+	room := startRoom(t, "-redis", "redis://somebody:hunter2@"+redis.addr)
+	eventually(t, "the room to know why", func() bool {
+		return strings.Contains(newClient(t, room.url).get("/healthz").body, "AUTH")
+	})
+	if shown := newClient(t, room.url).get("/healthz").body + room.log.String(); strings.Contains(shown, "hunter2") {
+		t.Errorf("the password is shown: %s", shown)
+	}
+}
+
+// A log whose reader has gone does not end the room.
+func TestLogThatNobodyReads(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	addr := "127.0.0.1:" + freePort(t)
+	cmd := exec.Command(buildBinary(t), "-addr", addr, "-redis", "127.0.0.1:"+freePort(t))
+	cmd.Stdout, cmd.Stderr = w, w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	defer func() { cmd.Process.Kill(); cmd.Wait() }()
+	answered := func() bool {
+		resp, err := http.Get("http://" + addr + "/healthz")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		body, _ := io.ReadAll(resp.Body)
+		return strings.Contains(string(body), "refused") // so it has been logged
+	}
+	eventually(t, "the room to say that Redis is away", answered)
+	if !answered() {
+		t.Error("the process is gone")
 	}
 }
 
