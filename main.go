@@ -267,12 +267,12 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	} else if err != nil {
 		return nil, usagef("%s", strings.ReplaceAll(redact(err.Error()), "\n", " "))
 	}
+	if flags.NArg() > 0 {
+		return nil, usagef("unexpected argument %q", redact(flags.Arg(0)))
+	}
 	if *version {
 		fmt.Fprintln(stdout, versionLine())
 		return nil, nil
-	}
-	if flags.NArg() > 0 {
-		return nil, usagef("unexpected argument %q", redact(flags.Arg(0)))
 	}
 	var err error
 	if text := cmp.Or(*server, getenv("REDIS_URL")); text != "" {
@@ -1043,7 +1043,7 @@ func (b *broker) leave(err error) {
 	b.mu.Unlock()
 	if was == nil || was == errNotJoined {
 		b.log.leave()
-		b.logf("redis is away: %v", err)
+		b.logf("redis is away, trying again until it answers: %v", err)
 	}
 }
 

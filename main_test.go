@@ -2347,6 +2347,9 @@ func TestTwoProcesses(t *testing.T) {
 		ids = append(ids, a.id)
 	}
 	one.say("last")
+	for _, open := range []*answer{atOne, atTwo, atThree} {
+		open.message() // so every process has it
+	}
 	for i, c := range []*client{one, two, three} {
 		got := c.stream("wait=0", ids[30]).until("end")
 		if kinds(got)[0] != "message" || got[0].id != ids[31] || len(said(got)) != 11 {
@@ -7700,10 +7703,17 @@ func TestShellLines(t *testing.T) {
 			if out, err := exec.Command(sh, "-c", line).CombinedOutput(); err != nil {
 				t.Errorf("%s: %v\n%s", line, err, out)
 			}
-		case line == "go run ." || strings.HasPrefix(line, "apt-get install"): // .ci/run does
+		case line == "go run .":
+			if out, err := exec.Command("go", "run", ".", "-version").CombinedOutput(); err != nil {
+				t.Errorf("%s: %v\n%s", line, err, out)
+			}
+		case strings.HasPrefix(line, "apt-get install"): // .ci/run does
 		default:
 			t.Errorf("README.md has %q, and nothing tries it", line)
 		}
+	}
+	for _, args := range allMatches(regexp.MustCompile("`\\./chat ([^`]*)`"), readFile(t, "README.md")) {
+		checkFlags(t, args)
 	}
 	for _, want := range []string{"hello from curl", "said once", "hi"} {
 		c := newClient(t, room.url)

@@ -199,7 +199,7 @@ class Way {
 function frameBytes(e, pinged) {
   const named = e.type === 'message' ? '' : `event: ${e.type}\n`;
   const id = e.type === 'message' || (e.type === 'ping' && !pinged) ? `id: ${e.lastEventId}\n` : '';
-  const data = e.type === 'message' ? e.data.replace(/^/gm, 'data: ') : 'data:';
+  const data = e.type === 'message' ? `data: ${e.data.replaceAll('\n', '\ndata: ')}` : 'data:';
   return size(`${named}${id}${data}\n\n`);
 }
 
@@ -298,7 +298,7 @@ function drawDelays({ cells, delays }) {
     cells.delays.children[i].classList.toggle('over', ms > PLOT_TOP);
   });
   const sorted = [...delays].sort((a, b) => a - b);
-  const spread = { n: sorted.length, m: duration(sorted[sorted.length >> 1]), l: duration(sorted[sorted.length - 1]) };
+  const spread = { n: sorted.length, m: duration((sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2), l: duration(sorted[sorted.length - 1]) };
   write(cells.spread, sorted.length ? fill(T.lesson_spread, spread) : T.lesson_no_delay);
 }
 
@@ -461,13 +461,19 @@ function list(node, lines) {
     const item = /** @type {HTMLElement} */ (node.children[i]);
     item.dataset.line = line;
     write(item, line.replace(/^\w+ /, ''));
+    if (item === explained) explain({ target: item });
   });
 }
 
+/** The line that #why explains. @type {Element | null} */
+let explained = null;
+
 /** Explains the line that is pointed at, or that has the focus. @param {any} e */
 function explain(e) {
-  const line = e.target.closest('.raw > li')?.dataset.line;
-  if (line === undefined) return;
+  const item = e.target.closest('.raw > li');
+  if (!item) return;
+  explained = item;
+  const { line } = item.dataset;
   const found = [...whys.children].find((p) => line.startsWith(p.dataset.line));
   why.textContent = found?.textContent ?? '';
 }
