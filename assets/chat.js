@@ -282,10 +282,11 @@ function inline(text) {
 
 /** A link, without what only ends the sentence. @param {string} url @returns {Node} */
 function link(url) {
+  let extra = url.split(')').length - url.split('(').length;
   for (let before = ''; before !== url;) {
     before = url;
     url = url.replace(/[.,;:!?'*]$/, '');
-    if (url.endsWith(')') && url.split(')').length > url.split('(').length) url = url.slice(0, -1);
+    if (url.endsWith(')') && extra-- > 0) url = url.slice(0, -1);
   }
   try {
     new URL(url);
@@ -397,8 +398,9 @@ function restore() {
   try {
     kept = JSON.parse(sessionStorage.getItem('chat') ?? '') ?? kept;
   } catch { /* nothing there */ }
-  if (kept.name !== me) return;
-  write(kept.draft);                // before the letters: it saves
+  if (kept.name !== me) kept = { name: me, draft: '', letters: [] };
+  const early = box.value;          // typed before this script was here
+  write(early === kept.draft ? early : kept.draft + early); // before the letters: it saves
   for (const letter of kept.letters) queueLetter(letter);
 }
 
@@ -505,7 +507,7 @@ function giveBack(letter) {
   remove(letter);
   letter.node.remove();
   write([letter.text, box.value].filter(Boolean).join('\n'));
-  notice.textContent ||= T.refused;
+  if (!send.disabled) notice.textContent = T.refused;
   return 0;
 }
 
@@ -617,7 +619,10 @@ async function logout(e) {
 
 /** Another tab has logged out, or in with another name: this one follows. */
 const tabs = typeof BroadcastChannel === 'undefined' ? null : new BroadcastChannel('chat-name');
-if (tabs) tabs.onmessage = ({ data }) => data !== me && location.reload();
+if (tabs) tabs.onmessage = ({ data }) => {
+  if (data === '') sessionStorage.removeItem('chat');
+  if (data !== me) location.reload();
+};
 tabs?.postMessage(me);
 
 if (form) startComposing();

@@ -228,7 +228,7 @@ function serve() {
 
   /** @param {Told} e */
   function tell(e) {
-    lost = e.type === 'down';
+    if (e.type !== 'login' && e.type !== 'wait') lost = e.type === 'down';
     if (e.type === 'message' || e.type === 'gap') recent.push(e);
     if (recent.length > RECENT) recent.shift();
     for (const port of tabs) port.postMessage([e]);
