@@ -27,6 +27,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -403,6 +404,9 @@ func buildBinary(t testing.TB) string {
 }
 
 func TestMain(m *testing.M) {
+	if addr := os.Getenv("CHAT_TEST_LOOP"); addr != "" { // this process is a server of BenchmarkBeside
+		panic(http.ListenAndServe(addr, new(loop)))
+	}
 	code := m.Run()
 	if binaryDir != "" {
 		os.RemoveAll(binaryDir)
@@ -7903,73 +7907,281 @@ func readFile(t testing.TB, name string) string {
 	return string(b)
 }
 
+// A crowd is readers on connections of their own, who count the messages that reach them. Each
+// message of a benchmark has one "~", and after it the nanoseconds at which it was posted, as
+// markText writes them.
+type crowd struct {
+	readers    int
+	seen, size atomic.Int64 // messages over all readers, bytes
+	want       atomic.Int64 // of seen, at which something is sent on arrived
+	arrived    chan struct{}
+	late       []chan time.Duration // of each reader: how old messages were; what does not fit is left out
+}
+
+func markText() string {
+	return fmt.Sprintf("~%d is when this was posted, as long as people write in class", time.Now().UnixNano())
+}
+
+// gather connects readers and waits until each has the head of its answer.
+func gather(b *testing.B, readers int, addr string) *crowd {
+	b.Helper()
+	if limit := fileLimit(); limit < 2*readers+100 {
+		b.Skipf("needs %d descriptors, may open %d", 2*readers+100, limit)
+	}
+	c := &crowd{readers: readers, arrived: make(chan struct{}, 1), late: make([]chan time.Duration, readers)}
+	for i := range readers {
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { conn.Close() })
+		io.WriteString(conn, "GET /stream HTTP/1.1\r\nHost: chat\r\nAccept: text/event-stream\r\n\r\n")
+		c.late[i] = make(chan time.Duration, 1000)
+		if n, err := conn.Read(make([]byte, 4096)); err != nil || n == 0 {
+			b.Fatalf("the answer has no head: %v", err)
+		}
+		go c.read(conn, c.late[i])
+	}
+	return c
+}
+
+func (c *crowd) read(conn net.Conn, late chan<- time.Duration) {
+	buf := make([]byte, 4096)
+	for {
+		n, err := conn.Read(buf)
+		if err != nil {
+			return
+		}
+		c.size.Add(int64(n))
+		got := int64(bytes.Count(buf[:n], []byte("~")))
+		if _, after, found := bytes.Cut(buf[:n], []byte("~")); found && len(after) >= 19 {
+			posted, _ := strconv.ParseInt(string(after[:19]), 10, 64)
+			select {
+			case late <- time.Since(time.Unix(0, posted)):
+			default:
+			}
+		}
+		if all, want := c.seen.Add(got), c.want.Load(); all >= want && all-got < want {
+			c.arrived <- struct{}{}
+		}
+	}
+}
+
+// expect says how many more messages each reader gets, before they are posted; await waits until
+// all have them.
+func (c *crowd) expect(messages int) { c.want.Add(int64(messages * c.readers)) }
+
+func (c *crowd) await(b *testing.B) {
+	b.Helper()
+	select {
+	case <-c.arrived:
+	case <-time.After(time.Minute):
+		b.Fatalf("%d of %d deliveries came", c.seen.Load(), c.want.Load())
+	}
+}
+
+// p99 returns how old a message was at most when it reached a reader, but for one in a hundred.
+func (c *crowd) p99() time.Duration {
+	var all []time.Duration
+	for _, late := range c.late {
+		for range len(late) {
+			all = append(all, <-late)
+		}
+	}
+	slices.Sort(all)
+	if len(all) == 0 {
+		return 0
+	}
+	return all[len(all)*99/100]
+}
+
 // BenchmarkFanout posts messages one after the other, each when all readers have the one before.
 // The readers are sockets of this process, so their cost is in the figure too.
 func BenchmarkFanout(b *testing.B) {
 	for _, readers := range []int{100, 1000, 5000} {
 		b.Run(fmt.Sprint(readers, " readers"), func(b *testing.B) {
-			if limit := fileLimit(); limit < 2*readers+100 {
-				b.Skipf("needs %d descriptors, may open %d", 2*readers+100, limit)
-			}
 			room := startRoom(b, "-rate", "0")
-			var frames, size atomic.Int64
-			arrived := make(chan struct{}, 1)
-			for range readers {
-				conn := openStream(b, room.url)
-				go func() {
-					buf := make([]byte, 4096)
-					for {
-						n, err := conn.Read(buf)
-						if err != nil {
-							return
-						}
-						size.Add(int64(n))
-						got := int64(bytes.Count(buf[:n], []byte("\n\n")))
-						if all := frames.Add(got); all/int64(readers) > (all-got)/int64(readers) {
-							arrived <- struct{}{}
-						}
-					}
-				}()
-			}
+			crowd := gather(b, readers, strings.TrimPrefix(room.url, "http://"))
 			c := newClient(b, room.url)
-			size.Store(0)
 			b.ResetTimer()
 			for range b.N {
-				c.say("a message of the usual length, as people write them in class")
-				<-arrived
+				crowd.expect(1)
+				c.say(markText())
+				crowd.await(b)
 			}
 			deliveries := float64(b.N * readers)
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/deliveries, "ns/delivery")
-			b.ReportMetric(float64(size.Load())/deliveries, "B/delivery")
+			b.ReportMetric(float64(crowd.size.Load())/deliveries, "B/delivery")
 		})
 	}
 }
 
-// openStream opens a stream on a connection of its own and reads up to the first ping.
-func openStream(b *testing.B, url string) net.Conn {
-	b.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
-	if err != nil {
+// BenchmarkBeside is the fan-out to 2000 readers beside two other servers, each a process of its
+// own on the first processor: nginx with nchan, and a loop that does nothing but write. Started
+// under "taskset -c 1" the readers have the second one.
+func BenchmarkBeside(b *testing.B) {
+	servers := []struct {
+		name  string
+		start func(b *testing.B) (addr string, pid int)
+	}{{"chat", pinnedRoom}, {"nchan", startNchan}, {"loop", startLoop}}
+	for _, mode := range []struct {
+		name  string
+		every time.Duration // between messages; 0: as fast as four can post
+	}{{"burst", 0}, {"steady", 20 * time.Millisecond}} {
+		for _, s := range servers {
+			b.Run(mode.name+"/"+s.name, func(b *testing.B) {
+				addr, pid := s.start(b)
+				_, before := used(b, pid)
+				crowd := gather(b, 2000, addr)
+				cpu, memory := used(b, pid)
+				crowd.expect(b.N)
+				b.ResetTimer()
+				publish(b, "http://"+addr+"/post", mode.every)
+				crowd.await(b)
+				after, _ := used(b, pid)
+				b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(b.N*crowd.readers), "cpu-ns/delivery")
+				b.ReportMetric(float64(memory-before)/float64(crowd.readers), "B/reader")
+				if mode.every > 0 {
+					b.ReportMetric(float64(crowd.p99().Microseconds())/1000, "p99-ms")
+				}
+			})
+		}
+	}
+}
+
+// publish posts b.N messages, one at each tick, or as fast as four can.
+func publish(b *testing.B, url string, every time.Duration) {
+	post := func() {
+		resp, err := http.Post(url, "application/x-www-form-urlencoded", strings.NewReader("message="+markText()))
+		if err != nil {
+			b.Error(err)
+			return
+		}
+		io.Copy(io.Discard, resp.Body)
+		if resp.Body.Close(); resp.StatusCode >= 300 {
+			b.Errorf("posting: %s", resp.Status)
+		}
+	}
+	if every > 0 {
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for range b.N {
+			<-tick.C
+			post()
+		}
+		return
+	}
+	var left atomic.Int64
+	var posters sync.WaitGroup
+	for range 4 {
+		posters.Go(func() {
+			for left.Add(1) <= int64(b.N) {
+				post()
+			}
+		})
+	}
+	posters.Wait()
+}
+
+// pinned returns the command, to run on the first processor where that can be said.
+func pinned(command ...string) []string {
+	if path, err := exec.LookPath("taskset"); err == nil {
+		return append([]string{path, "-c", "0"}, command...)
+	}
+	return command
+}
+
+func pinnedRoom(b *testing.B) (addr string, pid int) {
+	room := startCommand(b, []string{"-rate", "0"}, pinned(buildBinary(b))...)
+	return strings.TrimPrefix(room.url, "http://"), room.Process.Pid
+}
+
+func startNchan(b *testing.B) (addr string, pid int) {
+	const module = "/usr/lib/nginx/modules/ngx_nchan_module.so"
+	if _, err := os.Stat(module); err != nil {
+		need(b, module, "apt-get install libnginx-mod-nchan")
+	}
+	addr = "127.0.0.1:" + freePort(b)
+	dir := b.TempDir()
+	conf := "load_module " + module + ";\ndaemon off;\nmaster_process off;\npid " + dir + "/pid;\n" +
+		"events { worker_connections 8192; }\nhttp {\naccess_log off;\n"
+	for _, name := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		conf += name + "_temp_path " + filepath.Join(dir, name) + ";\n"
+	}
+	conf += "server {\nlisten " + addr + " backlog=4096;\nnchan_channel_id room;\nnchan_message_buffer_length 10000;\n" +
+		"location /stream { nchan_subscriber eventsource; nchan_subscriber_first_message newest; }\n" +
+		"location /post { nchan_publisher; }\n}\n}\n"
+	return addr, startPinned(b, addr, need(b, "nginx", "apt-get install nginx-light"), "-e", "stderr", "-p", dir,
+		"-c", writeFile(b, filepath.Join(dir, "nginx.conf"), conf))
+}
+
+func startLoop(b *testing.B) (addr string, pid int) {
+	b.Setenv("CHAT_TEST_LOOP", "127.0.0.1:"+freePort(b))
+	return os.Getenv("CHAT_TEST_LOOP"), startPinned(b, os.Getenv("CHAT_TEST_LOOP"), os.Args[0])
+}
+
+// startPinned starts a server and waits until it listens.
+func startPinned(b *testing.B, addr string, command ...string) (pid int) {
+	command = pinned(command...)
+	cmd := exec.Command(command[0], command[1:]...)
+	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { conn.Close() })
-	io.WriteString(conn, "GET /stream HTTP/1.1\r\nHost: chat\r\n\r\n")
-	var head []byte
-	for buf := make([]byte, 4096); !bytes.HasSuffix(head, []byte("data:\n\n")); {
-		n, err := conn.Read(buf)
-		if err != nil {
-			b.Fatal(err)
+	b.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	eventually(b, command[0]+" to listen", func() bool {
+		conn, err := net.Dial("tcp", addr)
+		if err == nil {
+			conn.Close()
 		}
-		head = append(head, buf[:n]...)
+		return err == nil
+	})
+	return cmd.Process.Pid
+}
+
+// A loop is the least that a server can do: one write a delivery, and no id, deadline or history.
+type loop struct {
+	mu      sync.Mutex // guards readers
+	readers []net.Conn
+}
+
+func (l *loop) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if r.Method == "POST" {
+		text, _ := io.ReadAll(r.Body)
+		frame := fmt.Appendf(nil, "data: %s\n\n", text)
+		for _, reader := range l.readers {
+			reader.Write(frame)
+		}
+		return
 	}
-	return conn
+	if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
+		io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+		l.readers = append(l.readers, conn)
+	}
+}
+
+// used returns the processor time and the resident memory of a process, as Linux tells them.
+func used(b *testing.B, pid int) (cpu time.Duration, memory int64) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		b.Skip("needs /proc")
+	}
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	user, _ := strconv.Atoi(fields[11]) // in hundredths of a second
+	system, _ := strconv.Atoi(fields[12])
+	pages, _ := strconv.ParseInt(fields[21], 10, 64)
+	return time.Duration(user+system) * 10 * time.Millisecond, pages * int64(os.Getpagesize())
 }
 
 // BenchmarkPost posts from 64 connections at once; each post is answered when its message is in
 // the room.
 func BenchmarkPost(b *testing.B) {
 	post := func(b *testing.B, room *room) {
-		b.SetParallelism(64)
+		b.SetParallelism(max(1, 64/runtime.GOMAXPROCS(0)))
 		b.RunParallel(func(pb *testing.PB) {
 			client := &http.Client{Transport: &http.Transport{}}
 			defer client.CloseIdleConnections()
