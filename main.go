@@ -137,6 +137,17 @@ const (
 	maxBody    = 64 << 10 // bytes of a form
 	maxHeader  = 16 << 10 // bytes of a request's header
 
+	postBurst  = 10  // messages of one sender at once; then -rate a second
+	loginBurst = 400 // logins from one address at once,
+	loginRate  = 5   // and then a second
+	guessBurst = 20  // wrong passwords from one address at once,
+	guessRate  = 1   // and then a second
+
+	headerTimeout  = 10 * time.Second // for a request's header to come,
+	requestTimeout = 20 * time.Second // and with its body
+	answerTimeout  = 30 * time.Second // from the header to the end of an answer that is no stream
+	idleTimeout    = 75 * time.Second // over a proxy's, usually a minute: it closes first
+
 	heartbeat    = 15 * time.Second       // silence after which every stream gets a ping
 	writeTimeout = 30 * time.Second       // for a reader to take one page
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
@@ -145,7 +156,7 @@ const (
 	maxAsked     = 1000                   // unknown ids of polls that are remembered
 	maxWait      = time.Minute            // longest ?wait=
 	maxPoll      = 64 << 10               // bytes after which a long poll ends though there is more
-	retryLow     = 1000                   // ms after which the readers of a process that ends come back,
+	retryLow     = 1000                   // ms after which readers of a process that ends come back,
 	retryHigh    = 4000                   // spread up to this
 	sessionLife  = 30 * 24 * time.Hour    // of a cookie
 	stopTimeout  = 400 * time.Millisecond // what shutdown leaves to answers under way
@@ -403,7 +414,7 @@ type Log struct {
 	newest string               // id of the newest announced message, or "0"; outlives the ring
 	count  int                  // announced messages held
 	page   *page                // where the next frame goes
-	wake   chan struct{}        // closed and replaced at each message, join and heartbeat, and at the end
+	wake   chan struct{}        // closed and replaced at each message, join, heartbeat, and the end
 	beat   *time.Timer          // wakes everybody after silence
 	asked  map[string]time.Time // unknown id → when a poll first asked for it
 	joined time.Time            // since when messages flow; zero while Redis is away
@@ -439,8 +450,8 @@ type cursor struct {
 	fresh uint64 // gaps before this position are none to this reader: it came later
 }
 
-// lost is the cursor of a reader whose place is not in the log.
-var lost = cursor{pos: math.MaxUint64}
+// lost is the position of a reader whose place is not in the log.
+const lost = math.MaxUint64
 
 // newLog returns an empty log. Nobody gets anything from it until join is called.
 func newLog(history int, grace time.Duration) *Log {
@@ -477,7 +488,8 @@ func (l *Log) add(m message) {
 		}
 		l.oldest++
 	}
-	frame, size := gapFrame, len(gapFrame) // a gap has a page of its own, so that it can be left out
+	// A gap has a page of its own, so that it can be left out.
+	frame, size := gapFrame, len(gapFrame)
 	if m.id != "" {
 		frame = encode(m)
 		size = max(pageSize, len(frame))
@@ -507,8 +519,8 @@ func (l *Log) append(m message) {
 }
 
 // merge takes in what the first upTo messages of the room's list in Redis hold and this log
-// lacks, and reports whether the list has every announced message of the log. What stands in the list before all that is known
-// here is older than this log, and stays out.
+// lacks, and reports whether the list has every announced message of the log. What stands in
+// the list before all that is known here is older than this log, and stays out.
 //
 // A gap comes first when the log has missed something for good: when its newest message is not
 // in the list (an empty one was forgotten and says nothing), or when it lacks a message that
@@ -668,13 +680,13 @@ func (l *Log) find(id string) place {
 	case id == "":
 		p.cursor, p.known = l.recent(), true
 	case exact && l.at(pos).unsure:
-		p.cursor, p.known = lost, true
+		p.cursor.pos, p.known = lost, true
 	case exact:
 		p.cursor, p.known = cursor{pos: pos + 1}, true
 	case id == "0":
 		p.known = true
 	case !validID(id):
-		p.cursor, p.known = lost, true
+		p.cursor.pos, p.known = lost, true
 	case near:
 		p.cursor, p.known = cursor{pos: basePos + 1}, true
 	case base == "0":
@@ -982,7 +994,7 @@ type broker struct {
 	logf    func(format string, args ...any)
 
 	posts chan *post
-	start time.Time    // of the broker; heard counts from it, so that a changed clock does not matter
+	start time.Time    // of the broker; heard counts from it, so that a changed clock is no matter
 	heard atomic.Int64 // when the subscription last brought a line or our probe, in ns after start
 
 	mu   sync.Mutex // guards away
@@ -1190,8 +1202,8 @@ func (b *broker) shareKey(c redis.Conn) error {
 
 // subscribe starts the subscription and returns the id of the list's newest message as it was
 // at that moment, "" if there was none. The list itself is read on the other connection: Redis
-// ends a subscriber to whom it owes over 32 MB, or over 8 MB for a minute, and a list can be 64 MB. What was
-// published in between comes twice, and the second copy is dropped.
+// ends a subscriber to whom it owes over 32 MB, or over 8 MB for a minute, and a list can be
+// 64 MB. What was published in between comes twice, and the second copy is dropped.
 func (b *broker) subscribe(c redis.Conn) (head string, err error) {
 	c.Send("MULTI")
 	for _, suffix := range []string{"", ":id", ":probe"} {
@@ -1569,13 +1581,14 @@ func fileLimit() int {
 	}
 	return 8192
 }
+
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf, streams: map[*stream]struct{}{}}
 	s.maxConns, s.maxStreams = capacity(fileLimit())
 	if cfg.rate > 0 {
-		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: 10}
-		s.logins = limiter{every: time.Second / 5, burst: 400}
-		s.guesses = limiter{every: time.Second, burst: 20}
+		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: postBurst}
+		s.logins = limiter{every: time.Second / loginRate, burst: loginBurst}
+		s.guesses = limiter{every: time.Second / guessRate, burst: guessBurst}
 	}
 	setKey := func(key string, sure time.Time) { s.signer.Store(newSigner(key, cfg.password, sure)) }
 	if cfg.redis != nil {
@@ -1645,10 +1658,10 @@ func (s *server) loadAssets() (err error) {
 func (s *server) httpServer(ctx context.Context) *http.Server {
 	return &http.Server{
 		Handler:           s,
-		ReadHeaderTimeout: 10 * time.Second,
-		ReadTimeout:       20 * time.Second,
-		WriteTimeout:      30 * time.Second,
-		IdleTimeout:       75 * time.Second,  // longer than a proxy's, usually a minute: it closes first
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       requestTimeout,
+		WriteTimeout:      answerTimeout,
+		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader - 4<<10, // net/http allows 4 KiB more than it is told
 		ErrorLog:          log.New(onlyPanics(s.logf), "", 0),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
@@ -1963,7 +1976,8 @@ func roomURLs(addr net.Addr) []string {
 			prefix, _ := netip.ParsePrefix(a.String())
 			ip, shared := prefix.Addr(), link.Flags&net.FlagBroadcast != 0
 			switch url := at(ip.String()); {
-			case !ip.IsGlobalUnicast() || link.Flags&net.FlagRunning == 0: // no cable, or a bridge to nothing
+			case !ip.IsGlobalUnicast() || link.Flags&net.FlagRunning == 0:
+				// no cable, or a bridge to nothing
 			case ip.Is6():
 				v6 = append(v6, url)
 			case shared && ip.String() == out:
@@ -2319,7 +2333,7 @@ func (st *stream) settle(end <-chan time.Time) bool {
 			}
 			left := st.log.grace - min(time.Since(came), time.Since(p.joined))
 			if left <= 0 {
-				st.at = lost
+				st.at.pos = lost
 				return true
 			}
 			lapsed = time.After(left)
