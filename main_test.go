@@ -7800,17 +7800,38 @@ func TestDocumentsAgree(t *testing.T) {
 			t.Errorf("%s is missing in the manual or in README.md", name)
 		}
 	}
-	for what, text := range map[string]string{
-		"a name's limit":      fmt.Sprintf("a name has %d characters", maxName),
-		"a message's limit":   fmt.Sprintf("a message %d", maxMessage),
-		"a form's limit":      fmt.Sprintf("a form %d KiB", maxBody>>10),
-		"a header's limit":    fmt.Sprintf("header %d KiB", maxHeader>>10),
-		"a session's life":    fmt.Sprintf("%d days", int(sessionLife.Hours())/24),
-		"the size of the log": fmt.Sprintf("newest %d messages", ringSize),
+	words := []string{"no", "one", "two", "three", "four", "five"} // small numbers are spelled out
+	for _, test := range []struct{ name, text, says string }{
+		{"README.md", readme, fmt.Sprintf("a name has %d characters", maxName)},
+		{"README.md", readme, fmt.Sprintf("a message %d", maxMessage)},
+		{"README.md", readme, fmt.Sprintf("a form %d KiB", maxBody>>10)},
+		{"README.md", readme, fmt.Sprintf("header %d KiB", maxHeader>>10)},
+		{"README.md", readme, fmt.Sprintf("session %d days", int(sessionLife.Hours())/24)},
+		{"README.md", readme, fmt.Sprintf("newest %d messages", ringSize)},
+		{"README.md", readme, fmt.Sprintf("messages a second after a burst of %d", postBurst)},
+		{"README.md", readme, fmt.Sprintf("%d logins at once and %d a second after that", loginBurst, loginRate)},
+		{"README.md", readme, fmt.Sprintf("%d wrong passwords at once and %s a second after that", guessBurst, words[guessRate])},
+		{"README.md", readme, fmt.Sprintf("over %s to %s seconds", words[retryLow/1000], words[retryHigh/1000])},
+		{"README.md", readme, fmt.Sprintf("come back within %s seconds", words[retryHigh/1000])},
+		{"README.md", readme, fmt.Sprintf("A `ping` every %d s", heartbeat/time.Second)},
+		{"the manual", manual, fmt.Sprintf("at most %d (default", ringSize)},
+		{"the manual", manual, fmt.Sprintf("after a burst of %d", postBurst)},
+		{"the manual", manual, fmt.Sprintf("among the newest %d.", ringSize)},
+		{"the manual", manual, fmt.Sprintf("413 over %d KiB", maxBody>>10)},
+		{"the manual", manual, fmt.Sprintf("413 over %d characters", maxMessage)},
+		{"the manual", manual, fmt.Sprintf("after %d s of silence", heartbeat/time.Second)},
+		{"the manual", manual, strings.Replace(fmt.Sprintf("at most %v)", maxWait), "1m0s", "a minute", 1)},
+		{"the manual", manual, fmt.Sprintf("the newest %d, newest last", ringSize)},
+		{"the manual", manual, fmt.Sprintf("chat_session for %d days", int(sessionLife.Hours())/24)},
+		{"-h", help.String(), fmt.Sprintf("at most %d (default", ringSize)},
+		{"-h", help.String(), fmt.Sprintf("after a burst of %d;", postBurst)},
 	} {
-		if !strings.Contains(strings.Join(strings.Fields(readme), " "), text) {
-			t.Errorf("README.md does not say %s: %q", what, text)
+		if !strings.Contains(strings.Join(strings.Fields(test.text), " "), test.says) {
+			t.Errorf("%s does not say %q", test.name, test.says)
 		}
+	}
+	if stopTimeout >= time.Second || !strings.Contains(readme, "`SIGTERM` ends it in under a second") {
+		t.Errorf("README.md does not say that SIGTERM ends it in under a second, or it is %v", stopTimeout)
 	}
 	if script := readFile(t, "assets/chat.js"); !strings.Contains(script, fmt.Sprintf("MAX = %d", maxMessage)) {
 		t.Errorf("chat.js does not know that a message has %d characters at most", maxMessage)
