@@ -1208,6 +1208,152 @@ func TestStreamGivesUpAStalledReader(t *testing.T) {
 	})
 }
 
+// A long poll in a room that is faster than its reader ends though there is more, and the next
+// one goes on there; other readers get all at once.
+func TestLongPollInAFastRoom(t *testing.T) {
+	const n, most = 300, 100 // messages of a kilobyte, most of them over maxPoll and a page
+	text := " " + strings.Repeat("x", 1000)
+	var want []string
+	for i := range n {
+		want = append(want, fmt.Sprint("0s line ", i, text))
+	}
+	synctest.Test(t, func(t *testing.T) {
+		l := newTestLog(t, ringSize)
+		for _, m := range numbered(0, n) {
+			l.append(message{m.id, m.line + text})
+		}
+		answer := func(from string, wait time.Duration) []string {
+			got := watch(t, &stream{log: l, from: from, poll: true, wait: wait}, time.Minute)
+			if len(got) == 0 || got[len(got)-1] != "0s ping" {
+				t.Fatalf("the answer after %q ends with %q, want a ping", from, got[max(0, len(got)-1):])
+			}
+			return got[:len(got)-1]
+		}
+		var got []string
+		for from := "0"; len(got) < n; from = testID(len(got) - 1) {
+			part := answer(from, 25*time.Second)
+			if len(part) == 0 || len(part) > most {
+				t.Fatalf("a long poll after %s brings %d messages, want some and at most %d", from, len(part), most)
+			}
+			got = append(got, part...)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("the long polls bring %.40q, want each of %d messages once, in order", got, n)
+		}
+		if got := answer("0", 0); !slices.Equal(got, want) {
+			t.Errorf("polling brings %d messages at once, want %d", len(got), n)
+		}
+	})
+}
+
+// A pipeListener is a listener without sockets, so that a server can run in a bubble of
+// synctest, where time passes at once and exactly.
+type pipeListener chan net.Conn
+
+func (l pipeListener) Accept() (net.Conn, error) {
+	if conn, ok := <-l; ok {
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (l pipeListener) Close() error   { close(l); return nil }
+func (l pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
+
+// send opens a connection and writes a request on it.
+func (l pipeListener) send(request string) net.Conn {
+	here, there := net.Pipe()
+	l <- there
+	io.WriteString(here, request)
+	synctest.Wait()
+	return here
+}
+
+// servePipes runs a room in memory in a bubble of synctest.
+func servePipes(t *testing.T) (*server, *http.Server, pipeListener) {
+	t.Helper()
+	s, err := newServer(&config{channel: "chat"}, t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv, pipes := s.httpServer(t.Context()), make(pipeListener)
+	go srv.Serve(pipes)
+	t.Cleanup(func() { s.shutdown(srv) })
+	return s, srv, pipes
+}
+
+// No connection that does nothing for the room stays for ever.
+func TestConnectionsInTime(t *testing.T) {
+	if idleTimeout <= time.Minute {
+		t.Errorf("an idle connection is closed after %v, which may be before a proxy does", idleTimeout)
+	}
+	const post = "POST /post HTTP/1.1\r\nHost: chat\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 9\r\n\r\n"
+	for _, test := range []struct {
+		name, request string
+		reads         bool // what is answered
+		want          time.Duration
+	}{
+		{"nothing is sent", "", true, headerTimeout},
+		{"half a header", "GET /login HTT", true, headerTimeout},
+		{"no body", post, true, requestTimeout},
+		{"half a body", post + "mess", true, requestTimeout},
+		{"an answer that nobody reads", rawGet("/login"), false, answerTimeout},
+		{"a whole request and nothing after it", rawGet("/login"), true, idleTimeout},
+		{"a whole request and half of another", rawGet("/login") + "GET /", true, headerTimeout},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, _, pipes := servePipes(t)
+				start, conn := time.Now(), pipes.send(test.request)
+				if test.reads {
+					go io.Copy(io.Discard, conn)
+				}
+				for s.conns.Load() > 0 && time.Since(start) < time.Hour {
+					time.Sleep(time.Second)
+				}
+				if took := time.Since(start); took < test.want || took > test.want+2*time.Second {
+					t.Errorf("it is closed after %v, want %v", took, test.want)
+				}
+			})
+		})
+	}
+}
+
+// Shutdown takes no time, and stopTimeout where somebody holds it up.
+func TestShutdownInTime(t *testing.T) {
+	for _, test := range []struct {
+		name, request string
+		reads         bool // what is answered
+		want          time.Duration
+	}{
+		{"a stream", rawGet("/stream"), true, 0},
+		{"a long poll", rawGet("/stream?wait=25s"), true, 0},
+		{"an idle connection", rawGet("/healthz"), true, 0},
+		{"a stream that nobody reads", rawGet("/stream"), false, stopTimeout},
+		{"an answer that nobody reads", rawGet("/login"), false, stopTimeout},
+		{"half a header", "GET /login HTT", true, stopTimeout},
+		{"half a body", rawPost("mess", "Content-Length: 9"), true, stopTimeout},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, srv, pipes := servePipes(t)
+				conn := pipes.send(test.request)
+				if test.reads {
+					go io.Copy(io.Discard, conn)
+					synctest.Wait()
+				}
+				start := time.Now()
+				s.shutdown(srv)
+				took := time.Since(start)
+				if synctest.Wait(); took != test.want || s.conns.Load() != 0 || len(s.streams) != 0 {
+					t.Errorf("it took %v and left %d connections and %d streams, want %v and none",
+						took, s.conns.Load(), len(s.streams), test.want)
+				}
+			})
+		})
+	}
+}
+
 func TestClean(t *testing.T) {
 	for _, test := range []struct{ name, in, want string }{
 		{"plain text stays", "你好, wörld 👍🏽", "你好, wörld 👍🏽"},
