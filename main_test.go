@@ -10,12 +10,12 @@ import (
 	cryptorand "crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"debug/buildinfo"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"math/big"
 	"math/rand/v2"
 	"net"
@@ -47,9 +47,15 @@ const patience = 15 * time.Second
 // eventually waits until ok, for what offers no channel to wait on.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for start := time.Now(); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Since(start) > patience {
-			t.Fatalf("waited %v for %s", patience, what)
+	within(t, patience, what, ok)
+}
+
+// within is eventually with a limit of its own, for what takes long by its nature.
+func within(t testing.TB, limit time.Duration, what string, ok func() bool) {
+	t.Helper()
+	for start := time.Now(); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Since(start) > limit {
+			t.Fatalf("waited %v for %s", limit, what)
 		}
 	}
 }
@@ -175,6 +181,17 @@ func (r *redisServer) do(command string, args ...any) any {
 func (r *redisServer) room(args ...string) *room {
 	r.t.Helper()
 	return startRoom(r.t, append([]string{"-redis", r.addr}, args...)...).joined()
+}
+
+// unread counts the connections on which Redis, while it is stopped, was sent something.
+func (r *redisServer) unread() (n int) {
+	r.t.Helper()
+	for _, s := range sockets(r.t, r.addr) {
+		if s.unread > 0 {
+			n++
+		}
+	}
+	return n
 }
 
 // history is the list as redis-cli shows it.
@@ -763,13 +780,21 @@ func TestEventReader(t *testing.T) {
 	}
 }
 
-// rawRequest writes bytes to the server, as no HTTP client would, and reads its answer.
-func rawRequest(t testing.TB, addr, request string) response {
+// dial opens a connection to the server, for what no HTTP client would do with it.
+func dial(t testing.TB, url string) net.Conn {
 	t.Helper()
-	conn, err := net.DialTimeout("tcp", strings.TrimPrefix(addr, "http://"), patience)
+	conn, err := net.DialTimeout("tcp", strings.TrimPrefix(url, "http://"), patience)
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// rawRequest writes bytes to the server and reads its answer.
+func rawRequest(t testing.TB, url, request string) response {
+	t.Helper()
+	conn := dial(t, url)
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(patience))
 	io.WriteString(conn, request) // the server may have answered before it is all written
@@ -1701,6 +1726,36 @@ func TestLogThatNobodyReads(t *testing.T) {
 	}
 }
 
+// What net/http says of a panic is logged; what a client makes it say, as of garbage where TLS
+// should be, is not.
+func TestLogOfPanics(t *testing.T) {
+	t.Parallel()
+	var logged output
+	s, err := newServer(&config{channel: "chat"}, func(format string, args ...any) {
+		fmt.Fprintf(&logged, format, args...)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.log.close)
+	s.mux.HandleFunc("GET /panic", func(http.ResponseWriter, *http.Request) { panic("out of order") })
+	front := httptest.NewUnstartedServer(nil)
+	front.Config = s.httpServer(t.Context())
+	front.StartTLS()
+	for _, garbage := range []string{rawGet("/healthz"), "\x00\x01\x02\x03 is no TLS\n"} {
+		rawRequest(t, front.Listener.Addr().String(), garbage)
+	}
+	if _, err := front.Client().Get(front.URL + "/panic"); err == nil {
+		t.Error("a handler that panics gives an answer")
+	}
+	front.Close()
+	if got := logged.String(); strings.Count(got, "http: panic serving") != 1 || !strings.Contains(got, "out of order\ngoroutine ") {
+		t.Errorf("of a panic it logged %q, want what and where", got)
+	} else if !strings.HasPrefix(got, "http: panic") || strings.Contains(got, "TLS") {
+		t.Errorf("it logged %q, want the panic alone", got)
+	}
+}
+
 // Keys that a client may choose. None of them is ever the id of a drawn message.
 const (
 	keyA       = "aaaaaaaaaaaaaaaa"
@@ -1797,11 +1852,7 @@ func TestHeadAnswersAtOnce(t *testing.T) {
 	t.Parallel()
 	c := newClient(t, startRoom(t).url).login("小明")
 	for _, path := range []string{"/", "/login", "/lesson", "/healthz", "/stream", "/stream?wait=25s", assetOf(c)} {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(c.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
+		conn := dial(t, c.url)
 		conn.SetDeadline(time.Now().Add(2 * time.Second))
 		io.WriteString(conn, raw("HEAD "+path+" HTTP/1.1", "Host: chat", "Connection: close", "Cookie: "+c.session().String()))
 		got, err := io.ReadAll(conn)
@@ -2325,6 +2376,11 @@ func TestHeartbeat(t *testing.T) {
 	}
 }
 
+// unhurried is how long the end of a process may take on the wall clock of a busy machine. README
+// promises under a second, which TestShutdownInTime holds to the millisecond. What this must tell
+// is an end that waits: for the list from Redis that is listTimeout, for a request still longer.
+const unhurried = 6 * time.Second
+
 func TestShutdown(t *testing.T) {
 	t.Parallel()
 	r := startRoom(t)
@@ -2340,9 +2396,9 @@ func TestShutdown(t *testing.T) {
 		s.until("ping")
 		open = append(open, s)
 	}
-	start := time.Now()
-	if err := r.stop(); err != nil || time.Since(start) > time.Second {
-		t.Errorf("with 200 streams open it ended after %v with %v, want nil within a second", time.Since(start), err)
+	r.interrupt()
+	if err := r.wait(unhurried); err != nil {
+		t.Errorf("with 200 streams open it ended with %v, want nil", err)
 	}
 	seen := map[int]bool{}
 	for _, s := range open {
@@ -2364,19 +2420,59 @@ func TestSignals(t *testing.T) {
 		p := startProcess(t)
 		s := newClient(t, p.url).stream("", "")
 		s.until("ping")
-		half, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer half.Close()
-		io.WriteString(half, "POST /post HTTP/1.1\r\nHost: chat\r\nContent-Type: application/x-www-form-urlencoded\r\n"+
-			"Content-Length: 20\r\nExpect: 100-continue\r\n\r\n")
-		half.Read(make([]byte, 100)) // 100 Continue: the server waits for the body
+		halfPost(t, p.url, "message=x")
 		p.signal(name)
-		if err := p.wait(time.Second); err != nil {
+		if err := p.wait(unhurried); err != nil {
 			t.Errorf("SIG%s with requests open: %v, want exit status 0", name, err)
 		}
 		s.until("end")
+	}
+}
+
+// halfPost makes the server wait for the body of a post, and returns the connection and what
+// reads from it.
+func halfPost(t testing.TB, url, body string) (net.Conn, *bufio.Reader) {
+	t.Helper()
+	conn := dial(t, url)
+	conn.SetDeadline(time.Now().Add(patience))
+	io.WriteString(conn, rawPost("", fmt.Sprint("Content-Length: ", len(body)), "Expect: 100-continue"))
+	in := bufio.NewReader(conn)
+	if resp, err := http.ReadResponse(in, nil); err != nil || resp.StatusCode != http.StatusContinue {
+		t.Fatalf("half a post is answered %v, %v, want to be continued", resp, err)
+	}
+	return conn, in
+}
+
+// TestSecondSignal: who does not want to wait for the end signals again.
+func TestSecondSignal(t *testing.T) {
+	t.Parallel()
+	p := startProcess(t)
+	halfPost(t, p.url, "message=x") // holds the shutdown up for stopTimeout
+	eventually(t, "it to end", func() bool {
+		p.interrupt()
+		select {
+		case <-p.ended:
+			return true
+		default:
+			return false
+		}
+	})
+	if exit, ok := errors.AsType[*exec.ExitError](p.err); !ok || exit.ExitCode() != -1 {
+		t.Errorf("it ended with %v, want the signal", p.err)
+	}
+}
+
+// TestShutdownWhileJoining: Redis keeps a process waiting for the list, for which there are
+// listTimeout.
+func TestShutdownWhileJoining(t *testing.T) {
+	t.Parallel()
+	line := newRelay(t, startRedis(t).addr)
+	held := line.holdBefore("\r\n0\r\n$2\r\n-1\r\n") // LRANGE chat:history 0 -1
+	room := startRoom(t, "-redis", line.addr)
+	eventually(t, "the list to be asked for", held)
+	room.interrupt()
+	if err := room.wait(unhurried); err != nil {
+		t.Errorf("it ended with %v, want nil", err)
 	}
 }
 
@@ -2780,7 +2876,7 @@ func TestRedisAbsent(t *testing.T) {
 		method, path, _ := strings.Cut(test.do, " ")
 		start := time.Now()
 		got := test.c.do(method, path, test.body, test.with...)
-		if took := time.Since(start); got.status != test.want || took > time.Second {
+		if took := time.Since(start); got.status != test.want || took >= confirmTimeout { // so it did not wait
 			t.Errorf("%s: got %d after %v, want %d at once", test.name, got.status, took, test.want)
 		}
 		if got.status == 503 && method == "POST" && got.header.Get("Retry-After") == "" {
@@ -2822,8 +2918,10 @@ func TestStoppedRedis(t *testing.T) {
 	r.signal("STOP")
 	start := time.Now()
 	got := c.do("POST", "/post", form("message", "slow"), "Idempotency-Key: "+keyA)
-	if took := time.Since(start); got.status != 503 || got.header.Get("Retry-After") == "" || took < time.Second || took > 4*time.Second {
-		t.Errorf("with Redis stopped: got %d, Retry-After %q after %v, want 503 after about 2s", got.status, got.header.Get("Retry-After"), took)
+	if took := time.Since(start); got.status != 503 || got.header.Get("Retry-After") == "" ||
+		took < time.Second || took > confirmTimeout+unhurried {
+		t.Errorf("with Redis stopped: got %d, Retry-After %q after %v, want 503 with one after %v",
+			got.status, got.header.Get("Retry-After"), took, confirmTimeout)
 	}
 	r.signal("CONT")
 	room.joined()
@@ -2839,18 +2937,21 @@ func TestStoppedRedis(t *testing.T) {
 		t.Errorf("the room holds %q, want each message once", heard)
 	}
 	r.signal("STOP")
-	answered := make(chan int)
-	go func() {
-		defer close(answered)
-		answered <- c.post("at shutdown")
-	}()
-	time.Sleep(300 * time.Millisecond) // until the post waits for its confirmation
-	start = time.Now()
-	room.interrupt()
-	if got := <-answered; got != 503 || time.Since(start) > time.Second {
-		t.Errorf("a post that waits at shutdown: got %d after %v, want 503 at once", got, time.Since(start))
+	var waiting []*bufio.Reader
+	for range 3 { // one waits to be confirmed, the others to be sent
+		const body = "message=at shutdown"
+		conn, in := halfPost(t, room.url, body)
+		io.WriteString(conn, body)
+		waiting = append(waiting, in)
 	}
-	if err := room.wait(time.Second); err != nil {
+	eventually(t, "a post to be sent", func() bool { return r.unread() > 0 })
+	room.interrupt()
+	for _, in := range waiting { // each is told: a connection that is cut off gives no answer
+		if resp, err := http.ReadResponse(in, nil); err != nil || resp.StatusCode != 503 {
+			t.Errorf("a post that waits at shutdown: got %v, %v, want 503", resp, err)
+		}
+	}
+	if err := room.wait(unhurried); err != nil {
 		t.Errorf("shutdown with Redis stopped: %v", err)
 	}
 	r.signal("CONT")
@@ -2916,6 +3017,29 @@ func TestExitStatus(t *testing.T) {
 		if !regexp.MustCompile(test.stdout).MatchString(stdout.String()) || !regexp.MustCompile(test.stderr).MatchString(stderr.String()) {
 			t.Errorf("chat %s prints %q and %q, want %s and %s", test.flag, stdout.String(), stderr.String(), test.stdout, test.stderr)
 		}
+	}
+}
+
+// The version is the one that Go has put into the binary.
+func TestVersion(t *testing.T) {
+	t.Parallel()
+	file := buildBinary(t)
+	info, err := buildinfo.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	commit := ""
+	for _, setting := range info.Settings {
+		if setting.Key == "vcs.revision" {
+			commit = ", commit " + setting.Value
+		}
+	}
+	got, err := exec.Command(file, "-version").Output()
+	if want := "chat " + info.Main.Version + commit + ", " + info.GoVersion + "\n"; err != nil || string(got) != want {
+		t.Errorf("-version prints %q, %v, want %q", got, err, want)
+	}
+	if !regexp.MustCompile(`^chat \S+(, commit [0-9a-f]{40})?, go1\.\S+( \S+)*\n$`).Match(got) {
+		t.Errorf("-version prints %q, want the version, the commit if there is one, and that of Go", got)
 	}
 }
 
@@ -3119,6 +3243,7 @@ func TestBadRequests(t *testing.T) {
 		}
 	}
 	w.heard()
+	room.changed() // and nothing of it is logged
 }
 
 // TestUnfinishedRequests: a request that stops halfway is no message and holds up nobody.
@@ -3137,11 +3262,7 @@ func TestUnfinishedRequests(t *testing.T) {
 		"no last chunk":         rawPost("c\r\nmessage=half\r\n", "Transfer-Encoding: chunked"),
 	} {
 		for _, end := range []string{"silence", "an end", "a reset"} {
-			conn, err := net.DialTimeout("tcp", strings.TrimPrefix(room.url, "http://"), patience)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
+			conn := dial(t, room.url)
 			conn.SetDeadline(time.Now().Add(2 * patience))
 			io.WriteString(conn, request)
 			switch end {
@@ -3770,7 +3891,7 @@ func (c *client) refused(name string, limit time.Duration) {
 	c.t.Helper()
 	start := time.Now()
 	got := c.do("POST", "/post", form("message", name), "Idempotency-Key: "+keyOf(name))
-	if took := time.Since(start); got.status != 503 || got.header.Get("Retry-After") == "" || took > limit {
+	if took := time.Since(start); got.status != 503 || got.header.Get("Retry-After") == "" || took >= limit {
 		c.t.Errorf("posting %q: got %d, Retry-After %q after %v, want 503 with one within %v",
 			name, got.status, got.header.Get("Retry-After"), took, limit)
 	}
@@ -3888,7 +4009,7 @@ func TestRedisAway(t *testing.T) {
 			eventually(t, "the room that was posted to to say that Redis is away", func() bool { return !c.healthy() })
 			eventually(t, "the other room to say so", func() bool { return !c.at(two.url).healthy() })
 			for _, c := range []*client{c, c.at(two.url)} {
-				c.refused("never", time.Second) // at once: it knows
+				c.refused("never", confirmTimeout) // without waiting for that: it knows
 				if got := c.get("/healthz"); got.status != 503 || len(strings.TrimSpace(got.body)) < 10 || got.header.Get("Retry-After") == "" {
 					t.Errorf("/healthz says %d %q, want 503, why, and Retry-After", got.status, got.body)
 				}
@@ -3979,19 +4100,20 @@ func TestRedisNotYet(t *testing.T) {
 			t.Parallel()
 			r := startRedis(t)
 			test.breaks(r)
-			url := r.addr
+			line := newRelay(t, r.addr)
+			url := line.addr
 			if test.url != "" {
-				url = fmt.Sprintf(test.url, r.addr)
+				url = fmt.Sprintf(test.url, line.addr)
 			}
 			room := startRoom(t, "-redis", url)
 			c := newClient(t, room.url)
 			early := c.stream("", "")
 			eventually(t, "it to say so once", func() bool { return slices.Equal(room.changes(), []string{"away"}) })
-			c.refused("early", time.Second)
+			c.refused("early", confirmTimeout) // without waiting for that: it knows
 			if c.healthy() {
 				t.Error("/healthz is 200")
 			}
-			time.Sleep(time.Second) // for attempts that must not be logged
+			line.comes(2 * 3) // for three attempts, of two connections at most, that must not be logged
 			room.changed("away")
 			if strings.Contains(room.log.String()+room.out.String()+c.get("/healthz").body, "geheim") {
 				t.Errorf("the password is told: %s", room.log.String())
@@ -4420,8 +4542,8 @@ func TestTerminatedWhilePosting(t *testing.T) {
 		}
 		eventually(t, "messages to flow", func() bool { return accepted.Load() > 100 })
 		p.signal("TERM")
-		if err := p.wait(time.Second); err != nil {
-			t.Errorf("SIGTERM in the middle of posts: %v, want exit status 0 within a second", err)
+		if err := p.wait(unhurried); err != nil {
+			t.Errorf("SIGTERM in the middle of posts: %v, want exit status 0", err)
 		}
 		writers.Wait()
 		var got []string
@@ -4458,6 +4580,7 @@ func (c *client) insist(name string) {
 
 // A relay passes bytes between clients and a server, and does to them what networks do.
 type relay struct {
+	t            testing.TB
 	addr, target string
 
 	mu    sync.Mutex
@@ -4468,6 +4591,7 @@ type relay struct {
 	stop  []byte        // when not nil, a request that holds this makes it hold
 	word  []byte        // when not nil, a request that holds this makes it deaf
 	deaf  bool          // the next bytes of the server end all connections instead
+	came  int           // connections that clients have made
 }
 
 // newRelay starts one that passes everything on.
@@ -4477,7 +4601,7 @@ func newRelay(t testing.TB, target string) *relay {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &relay{addr: l.Addr().String(), target: target, conns: map[net.Conn]bool{}}
+	r := &relay{t: t, addr: l.Addr().String(), target: target, conns: map[net.Conn]bool{}}
 	t.Cleanup(func() {
 		l.Close()
 		r.release()
@@ -4489,10 +4613,25 @@ func newRelay(t testing.TB, target string) *relay {
 			if err != nil {
 				return
 			}
+			r.mu.Lock()
+			r.came++
+			r.mu.Unlock()
 			go r.pass(client)
 		}
 	}()
 	return r
+}
+
+// comes waits until clients have made n more connections.
+func (r *relay) comes(n int) {
+	r.t.Helper()
+	count := func() int {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.came
+	}
+	first := count()
+	eventually(r.t, fmt.Sprint(n, " more connections"), func() bool { return count() >= first+n })
 }
 
 // cut ends all connections; new ones are ended at once, until mend.
@@ -5002,11 +5141,7 @@ func (m *mix) judge() {
 // quietReader asks for /stream on a connection with little room and reads nothing by itself.
 func quietReader(t testing.TB, url string) net.Conn {
 	t.Helper()
-	conn, err := net.DialTimeout("tcp", strings.TrimPrefix(url, "http://"), patience)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
+	conn := dial(t, url)
 	conn.(*net.TCPConn).SetReadBuffer(64 << 10)
 	io.WriteString(conn, "GET /stream HTTP/1.1\r\nHost: test\r\n\r\n")
 	return conn
@@ -5021,16 +5156,6 @@ func answerOn(t testing.TB, from io.Reader) (int, *eventReader) {
 		t.Fatalf("reading the head of a stream: %v", err)
 	}
 	return resp.StatusCode, &eventReader{in: bufio.NewReaderSize(resp.Body, 16)}
-}
-
-// within is eventually with a limit of its own, for what takes long by its nature.
-func within(t testing.TB, limit time.Duration, what string, ok func() bool) {
-	t.Helper()
-	for start := time.Now(); !ok(); time.Sleep(20 * time.Millisecond) {
-		if time.Since(start) > limit {
-			t.Fatalf("waited %v for %s", limit, what)
-		}
-	}
 }
 
 // descriptors counts the open files of a room in a process of its own.
@@ -5058,23 +5183,35 @@ func (r *room) resident() int {
 }
 
 // unsent is the most that the kernel keeps for one reader of the room, in bytes.
-func (r *room) unsent() int {
+func (r *room) unsent() (most int) {
 	r.t.Helper()
-	table, err := os.ReadFile("/proc/net/tcp")
-	if err != nil {
-		r.t.Skipf("cannot look into sockets here: %v", err)
-	}
-	port, _ := strconv.Atoi(r.url[strings.LastIndex(r.url, ":")+1:])
-	most := 0
-	for line := range strings.Lines(string(table)) {
-		fields := strings.Fields(line)
-		if len(fields) > 4 && strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", port)) {
-			queue, _, _ := strings.Cut(fields[4], ":")
-			n, _ := strconv.ParseInt(queue, 16, 64)
-			most = max(most, int(n))
-		}
+	for _, s := range sockets(r.t, r.url) {
+		most = max(most, s.unsent)
 	}
 	return most
+}
+
+// A socket is what the kernel keeps for the server's side of a connection, in bytes.
+type socket struct{ unsent, unread int }
+
+// sockets returns those of the server at an address of this machine.
+func sockets(t testing.TB, addr string) (all []socket) {
+	t.Helper()
+	table, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		t.Skipf("cannot look into sockets here: %v", err)
+	}
+	const listens = "0A"
+	port, _ := strconv.Atoi(addr[strings.LastIndex(addr, ":")+1:])
+	for line := range strings.Lines(string(table)) {
+		fields := strings.Fields(line)
+		if len(fields) > 4 && strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", port)) && fields[3] != listens {
+			var s socket
+			fmt.Sscanf(fields[4], "%X:%X", &s.unsent, &s.unread)
+			all = append(all, s)
+		}
+	}
+	return all
 }
 
 // goroutines ends the room's process and counts what ran in it for us or for net/http.
@@ -5453,22 +5590,6 @@ func TestManyLoginsAtOnce(t *testing.T) {
 	}
 }
 
-var nginxFence = regexp.MustCompile("(?s)```nginx\n(.*?)```")
-
-// nginxBlock is the configuration that README recommends.
-func nginxBlock(t testing.TB) string {
-	t.Helper()
-	text, err := os.ReadFile("README.md")
-	if errors.Is(err, fs.ErrNotExist) {
-		text, err = os.ReadFile("nginx-block.md")
-	}
-	found := nginxFence.FindSubmatch(text)
-	if err != nil || found == nil {
-		t.Fatalf("README.md has no block of nginx's configuration: %v", err)
-	}
-	return string(found[1])
-}
-
 var (
 	nginxListen   = regexp.MustCompile(`listen [^;]*;`)
 	nginxUpstream = regexp.MustCompile(`127\.0\.0\.1:8989|localhost:8989`)
@@ -5523,7 +5644,7 @@ func TestBehindNginx(t *testing.T) {
 	r := startRoom(t, "-rate", "5")
 	addr := "127.0.0.1:" + freePort(t)
 	url := "http://" + addr
-	startNginx(t, nginxBlock(t), addr, "", r.url)
+	startNginx(t, blocks(t, "nginx")[0], addr, "", r.url)
 	c := newClient(t, url).login("小明")
 	s := c.stream("", "")
 	s.until("ping")
@@ -5576,7 +5697,7 @@ func (c *client) loginCookie(headers ...string) *http.Cookie {
 // TestProxyThatChangesHost has a proxy that sends its own idea of Host.
 func TestProxyThatChangesHost(t *testing.T) {
 	t.Parallel()
-	block := nginxHost.ReplaceAllLiteralString(nginxBlock(t), "")
+	block := nginxHost.ReplaceAllLiteralString(blocks(t, "nginx")[0], "")
 	for _, trusted := range []bool{false, true} {
 		addr := "127.0.0.1:" + freePort(t)
 		var args []string
@@ -5600,7 +5721,7 @@ func TestNginxWithTLS(t *testing.T) {
 	cert, key := selfSigned(t)
 	addr := "127.0.0.1:" + freePort(t)
 	url := "https://" + addr
-	startNginx(t, nginxBlock(t), addr, " ssl; ssl_certificate "+cert+"; ssl_certificate_key "+key, startRoom(t).url)
+	startNginx(t, blocks(t, "nginx")[0], addr, " ssl; ssl_certificate "+cert+"; ssl_certificate_key "+key, startRoom(t).url)
 	c := newClient(t, url)
 	c.http.Transport.(*http.Transport).TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
 	if !c.loginCookie("Origin: " + url).Secure {
@@ -7731,9 +7852,8 @@ func TestProcessesBehindNginx(t *testing.T) {
 			}
 		})
 	}
-	time.Sleep(500 * time.Millisecond) // so that both processes have sent theirs
+	eventually(t, "both processes to have sent theirs", func() bool { return p.redis.unread() == 2 })
 	p.processes[1].kill()
-	time.Sleep(200 * time.Millisecond)
 	p.redis.signal("CONT")
 	posts.Wait()
 	ids := map[string]bool{}
@@ -7778,14 +7898,18 @@ func TestProcessesBehindCaddy(t *testing.T) {
 	start(t, cmd)
 	p.survives("https://localhost:"+port, 30)
 
-	// It learns soon that a process is away.
+	// It learns soon that a process is away, and then no post goes there any more.
 	p.begin(1)
-	p.processes[0].kill()
-	time.Sleep(2500 * time.Millisecond)
 	c := p.through("https://localhost:" + port).login("ann")
-	for i := range 20 {
-		c.say(fmt.Sprint("to the one that is left ", i))
-	}
+	p.processes[0].kill()
+	eventually(t, "Caddy to turn to the one that is left", func() bool {
+		for range 20 {
+			if c.post("hello") != 204 {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 func TestService(t *testing.T) {
@@ -7840,7 +7964,6 @@ func TestShellLines(t *testing.T) {
 			eventually(t, line+" to hear a message", func() bool {
 				n++
 				newClient(t, room.url).post(fmt.Sprint("heard ", n))
-				time.Sleep(20 * time.Millisecond)
 				return strings.Contains(out.String(), "anonymous: heard")
 			})
 		case strings.HasPrefix(line, "curl ") || strings.HasPrefix(line, "redis-cli "):
