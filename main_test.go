@@ -1642,6 +1642,99 @@ func FuzzCookie(f *testing.F) {
 	})
 }
 
+// Other programs may publish lines without end: what the broker remembers of them is bounded, and
+// each line gets in, under an id of its own, also one that was said before it forgot.
+func TestForeignLinesWithoutEnd(t *testing.T) {
+	b := &broker{log: newTestLog(t, 200), base: "0"}
+	for i := range uint64(2 * ringSize) {
+		line := fmt.Sprint("line ", i)
+		if i > ringSize-100 && i%10 == 0 { // so that the log still has those from before
+			line = "the same again"
+		}
+		b.receive("", line)
+		if len(b.seen) > ringSize {
+			t.Fatalf("after %d lines it remembers %d, want at most %d", i+1, len(b.seen), ringSize)
+		}
+		if l := b.log; l.next != i+1 || l.at(i).line != line || !validID(l.at(i).id) {
+			t.Fatalf("line %d is not the %d. of the log, with an id: %+v", i, i+1, l.at(l.next-1).message)
+		}
+	}
+}
+
+// Of the posts that wait, batchSize share a round trip, in the order in which they came.
+func TestBatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &broker{posts: make(chan *post)}
+		var want, got []message
+		for _, m := range numbered(0, 2*batchSize+batchSize/2) {
+			want = append(want, m)
+			go func() { b.posts <- &post{message: m} }()
+			synctest.Wait() // it stands in the queue
+		}
+		for _, size := range []int{batchSize, batchSize, batchSize / 2} {
+			batch := b.batch(<-b.posts)
+			if len(batch) != size {
+				t.Errorf("a batch has %d posts, want %d", len(batch), size)
+			}
+			for _, p := range batch {
+				got = append(got, p.message)
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("the batches are\n%v, want\n%v", got, want)
+		}
+	})
+}
+
+// More posts than one batch wait for Redis; all get in, once, in the same order everywhere.
+func TestManyPostsWaitForRedis(t *testing.T) {
+	t.Parallel()
+	const n = 3 * batchSize
+	r := startRedis(t)
+	c := newClient(t, r.room().url)
+	elsewhere := c.at(r.room().url).stream("", "")
+	elsewhere.until("ping")
+	r.signal("STOP")
+	var posts sync.WaitGroup
+	for i := range n {
+		posts.Go(func() { c.insist(fmt.Sprintf("post-%03d", i)) })
+	}
+	eventually(t, "posts to wait", func() bool { return r.unread() > 0 })
+	r.signal("CONT")
+	posts.Wait()
+	c.insist("last")
+	got := elsewhere.upTo("last")
+	if len(got) != n+1 || !distinct(got) {
+		t.Errorf("elsewhere %d messages came, want each of %d once", len(got), n+1)
+	}
+	if here := c.newcomer(); !slices.Equal(here, got) {
+		t.Errorf("the order is %q, and elsewhere %q", here, got)
+	}
+}
+
+// A room that was joined for long tries again soon when Redis goes, however long it had to wait
+// the last time: its third attempt comes after about a second at most. With the pauses of before,
+// which had grown to maxBackoff, it would take three seconds at least.
+func TestSoonAfterALongStay(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 15 s")
+	}
+	t.Parallel()
+	line := newRelay(t, startRedis(t).addr)
+	line.cut()
+	room := startRoom(t, "-redis", line.addr)
+	line.comes(2 * 6) // of two connections each: the next pause is the longest
+	line.mend()
+	room.joined()
+	time.Sleep(2*redisSilence + time.Second) // what makes a stay a long one
+	line.cut()
+	start := time.Now()
+	line.comes(2 * 3)
+	if took := time.Since(start); took > 3*maxBackoff/2 {
+		t.Errorf("the third attempt came after %v, want it well within %v", took, 3*maxBackoff/2)
+	}
+}
+
 // Of two cookie keys, one of which was drawn while Redis had forgotten the other, the older one
 // ends up everywhere.
 func TestOlderKeyIsTheRooms(t *testing.T) {
