@@ -1217,9 +1217,7 @@ func TestPollsOfALostPlace(t *testing.T) {
 // A reader that stops reading is given up, and one that reads slowly is not.
 func TestStreamGivesUpAStalledReader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLog(200, 0)
-		defer l.close()
-		l.join()
+		l := newTestLog(t, 200)
 		here, there := net.Pipe()
 		defer here.Close()
 		start, done := time.Now(), make(chan time.Duration)
@@ -1294,13 +1292,21 @@ func (l pipeListener) send(request string) net.Conn {
 	return here
 }
 
-// servePipes runs a room in memory in a bubble of synctest.
-func servePipes(t *testing.T) (*server, *http.Server, pipeListener) {
+// newTestServer is a room in memory that nobody serves.
+func newTestServer(t testing.TB, logf func(string, ...any)) *server {
 	t.Helper()
-	s, err := newServer(&config{channel: "chat"}, t.Logf)
+	s, err := newServer(&config{channel: "chat"}, logf)
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(s.log.close)
+	return s
+}
+
+// servePipes runs a room in memory in a bubble of synctest.
+func servePipes(t *testing.T) (*server, *http.Server, pipeListener) {
+	t.Helper()
+	s := newTestServer(t, t.Logf)
 	srv, pipes := s.httpServer(t.Context()), make(pipeListener)
 	go srv.Serve(pipes)
 	t.Cleanup(func() { s.shutdown(srv) })
@@ -1824,13 +1830,7 @@ func TestLogThatNobodyReads(t *testing.T) {
 func TestLogOfPanics(t *testing.T) {
 	t.Parallel()
 	var logged output
-	s, err := newServer(&config{channel: "chat"}, func(format string, args ...any) {
-		fmt.Fprintf(&logged, format, args...)
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.log.close)
+	s := newTestServer(t, func(format string, args ...any) { fmt.Fprintf(&logged, format, args...) })
 	s.mux.HandleFunc("GET /panic", func(http.ResponseWriter, *http.Request) { panic("out of order") })
 	front := httptest.NewUnstartedServer(nil)
 	front.Config = s.httpServer(t.Context())
@@ -1946,7 +1946,7 @@ func TestHeadAnswersAtOnce(t *testing.T) {
 	c := newClient(t, startRoom(t).url).login("小明")
 	for _, path := range []string{"/", "/login", "/lesson", "/healthz", "/stream", "/stream?wait=25s", assetOf(c)} {
 		conn := dial(t, c.url)
-		conn.SetDeadline(time.Now().Add(2 * time.Second))
+		conn.SetDeadline(time.Now().Add(patience)) // a long poll would take longer
 		io.WriteString(conn, raw("HEAD "+path+" HTTP/1.1", "Host: chat", "Connection: close", "Cookie: "+c.session().String()))
 		got, err := io.ReadAll(conn)
 		if head, body, _ := strings.Cut(string(got), "\r\n\r\n"); err != nil || !strings.HasPrefix(head, "HTTP/1.1 200 ") || body != "" {
@@ -5689,38 +5689,15 @@ var (
 	nginxHost     = regexp.MustCompile(`proxy_set_header Host [^;]*;`)
 )
 
-// startNginx runs the block at addr in front of a room. The words behind addr in the listen
+// nginxAt runs the block at addr in front of a room. The words behind addr in the listen
 // directive, and directives after that, are how.
-func startNginx(t testing.TB, block, addr, how, upstream string) {
+func nginxAt(t testing.TB, block, addr, how, upstream string) {
 	t.Helper()
-	program := need(t, "nginx", "apt-get install nginx-light")
-	dir := t.TempDir()
 	if !nginxListen.MatchString(block) || !nginxUpstream.MatchString(block) {
 		t.Fatalf("the block has not got the addresses that the test replaces:\n%s", block)
 	}
 	block = nginxListen.ReplaceAllLiteralString(block, "listen "+addr+how+";")
-	block = nginxUpstream.ReplaceAllLiteralString(block, strings.TrimPrefix(upstream, "http://"))
-	conf := "daemon off; master_process off; error_log stderr; pid nginx.pid; events {}\nhttp {\naccess_log off;\n"
-	for _, name := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
-		conf += name + "_temp_path " + filepath.Join(dir, name) + ";\n"
-	}
-	file := filepath.Join(dir, "nginx.conf")
-	if err := os.WriteFile(file, []byte(conf+block+"}\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var stderr output
-	cmd := exec.Command(program, "-p", dir, "-c", file, "-e", "stderr")
-	cmd.Stderr = &stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-		if t.Failed() {
-			t.Logf("nginx says: %s", stderr.String())
-		}
-	})
+	startNginx(t, nginxUpstream.ReplaceAllLiteralString(block, strings.TrimPrefix(upstream, "http://")))
 	eventually(t, "nginx to listen", func() bool {
 		conn, err := net.Dial("tcp", addr)
 		if err != nil {
@@ -5731,13 +5708,25 @@ func startNginx(t testing.TB, block, addr, how, upstream string) {
 	})
 }
 
+// startNginx runs nginx in a folder of its own, with these servers.
+func startNginx(t testing.TB, servers string) {
+	t.Helper()
+	nginx, dir := need(t, "nginx", "apt-get install nginx-light"), t.TempDir()
+	conf := "daemon off; master_process off; pid nginx.pid; events {}\nhttp {\naccess_log off;\n"
+	for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		conf += kind + "_temp_path " + filepath.Join(dir, kind) + ";\n"
+	}
+	file := writeFile(t, filepath.Join(dir, "nginx.conf"), conf+servers+"}\n")
+	start(t, exec.Command(nginx, "-e", "stderr", "-p", dir, "-c", file))
+}
+
 // TestBehindNginx runs the room behind the configuration that README recommends.
 func TestBehindNginx(t *testing.T) {
 	t.Parallel()
 	r := startRoom(t, "-rate", "5")
 	addr := "127.0.0.1:" + freePort(t)
 	url := "http://" + addr
-	startNginx(t, blocks(t, "nginx")[0], addr, "", r.url)
+	nginxAt(t, blocks(t, "nginx")[0], addr, "", r.url)
 	c := newClient(t, url).login("小明")
 	s := c.stream("", "")
 	s.until("ping")
@@ -5797,7 +5786,7 @@ func TestProxyThatChangesHost(t *testing.T) {
 		if trusted {
 			args = []string{"-origin", "http://" + addr}
 		}
-		startNginx(t, block, addr, "", startRoom(t, args...).url)
+		nginxAt(t, block, addr, "", startRoom(t, args...).url)
 		got := newClient(t, "http://"+addr).do("POST", "/post", "message=x", "Origin: http://"+addr)
 		if trusted && got.status != 204 {
 			t.Errorf("with -origin: got %d, want 204", got.status)
@@ -5814,7 +5803,7 @@ func TestNginxWithTLS(t *testing.T) {
 	cert, key := selfSigned(t)
 	addr := "127.0.0.1:" + freePort(t)
 	url := "https://" + addr
-	startNginx(t, blocks(t, "nginx")[0], addr, " ssl; ssl_certificate "+cert+"; ssl_certificate_key "+key, startRoom(t).url)
+	nginxAt(t, blocks(t, "nginx")[0], addr, " ssl; ssl_certificate "+cert+"; ssl_certificate_key "+key, startRoom(t).url)
 	c := newClient(t, url)
 	c.http.Transport.(*http.Transport).TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
 	if !c.loginCookie("Origin: " + url).Secure {
@@ -7369,13 +7358,8 @@ type counter struct {
 
 func (c *counter) open(t *testing.T, person *client, target string) {
 	t.Helper()
-	host := strings.TrimPrefix(person.url, "http://")
-	conn, err := net.Dial("tcp", host)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\n\r\n", target, host)
+	conn := dial(t, person.url)
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\n\r\n", target, conn.RemoteAddr())
 	go func() {
 		in, ended := bufio.NewReader(conn), false
 		for {
@@ -7677,18 +7661,14 @@ func TestThreeWaysDeliverTheSame(t *testing.T) {
 	}
 	for i := range n {
 		person.postKey(lessonKey(i), fmt.Sprintf("message %d\nand its second line", i))
-		time.Sleep(80 * time.Millisecond)
+		time.Sleep(80 * time.Millisecond) // so that they come over several answers, and all ways differ
 	}
 	wg.Wait()
 }
 
 // Every text of the lesson is there, and used.
 func TestLessonStrings(t *testing.T) {
-	s, err := newServer(&config{channel: "chat"}, t.Logf)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.log.close()
+	s := newTestServer(t, t.Logf)
 	page, script := readFile(t, "assets/lesson.html"), readFile(t, "assets/lesson.js")
 	for _, key := range allMatches(regexp.MustCompile(`\bT\.([a-z_]+)`), script) {
 		if !strings.Contains(page, `data-key="`+key+`">{{.T.`+key+`}}<`) {
@@ -7844,7 +7824,7 @@ func (p *proxied) survives(proxy string, tries int) {
 	live.until("ping")
 	for i := range 5 { // each arrives before the next is posted
 		c.say(fmt.Sprint("one by one ", i))
-		if got := live.next(2 * time.Second); got.said() != fmt.Sprint("小明: one by one ", i) {
+		if got := live.next(patience); got.said() != fmt.Sprint("小明: one by one ", i) {
 			t.Fatalf("behind the proxy came %v", got)
 		}
 	}
@@ -7915,20 +7895,14 @@ func (p *proxied) survives(proxy string, tries int) {
 
 func TestProcessesBehindNginx(t *testing.T) {
 	t.Parallel()
-	nginx := need(t, "nginx", "apt-get install nginx-light")
-	p, dir := startProxied(t), t.TempDir()
+	p := startProxied(t)
 	port, plain := freePort(t), freePort(t)
 	cert, key := selfSigned(t)
 	conf := adapt(t, blocks(t, "nginx")[1], // the first is for one process
 		"127.0.0.1:8989", "127.0.0.1:"+p.ports[0], "127.0.0.1:8990", "127.0.0.1:"+p.ports[1],
 		"listen 80;", "listen 127.0.0.1:"+plain+";", "listen 443 ", "listen 127.0.0.1:"+port+" ",
 		"/etc/ssl/chat/fullchain.pem", cert, "/etc/ssl/chat/privkey.pem", key)
-	temp := ""
-	for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
-		temp += fmt.Sprintf("%s_temp_path %s;\n", kind, filepath.Join(dir, kind))
-	}
-	file := writeFile(t, filepath.Join(dir, "nginx.conf"), "daemon off;\nmaster_process off;\npid "+dir+"/pid;\nevents {}\nhttp {\naccess_log off;\n"+temp+conf+"}\n")
-	start(t, exec.Command(nginx, "-e", "stderr", "-p", dir, "-c", file))
+	startNginx(t, conf)
 	p.survives("https://localhost:"+port, 1)
 
 	// A post whose process dies between Redis and the answer, and to which its sender gave no key,
@@ -8232,11 +8206,7 @@ func TestLayout(t *testing.T) {
 // Every page is made in every language, links only to what exists, and brings no code of its
 // own.
 func TestPagesAreWhole(t *testing.T) {
-	s, err := newServer(&config{channel: "chat"}, t.Logf)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.log.close()
+	s := newTestServer(t, t.Logf)
 	if en, zh := keys(s.texts["en"]), keys(s.texts["zh"]); !slices.Equal(en, zh) || len(en) == 0 {
 		t.Errorf("strings.json has other keys in en and zh:\n%q\n%q", en, zh)
 	}
