@@ -283,11 +283,9 @@ function inline(text) {
 /** A link, without what only ends the sentence. @param {string} url @returns {Node} */
 function link(url) {
   let extra = url.split(')').length - url.split('(').length;
-  for (let before = ''; before !== url;) {
-    before = url;
-    url = url.replace(/[.,;:!?'*]$/, '');
-    if (url.endsWith(')') && extra-- > 0) url = url.slice(0, -1);
-  }
+  let end = url.length;
+  while (/[.,;:!?'*]/.test(url[end - 1]) || url[end - 1] === ')' && extra-- > 0) end--;
+  url = url.slice(0, end);
   try {
     new URL(url);
   } catch {
