@@ -6612,6 +6612,39 @@ func TestPageFaults(t *testing.T) {
 	b.wait("a stream that wants a session: the login page", "location.pathname === '/login'")
 }
 
+// A message whose event is lost: the gap tells of it, before or after the answer.
+func TestPageOwnMessageInAGap(t *testing.T) {
+	b, p := visit(t)
+	gap := func(n int) {
+		t.Helper()
+		p.send("event: gap\ndata:\n\n")
+		b.wait("the gap is seen", "$$('.gap').length === arguments[0]", n)
+	}
+	alone := "count(arguments[0]) === 1 && !$('#unsent').children.length"
+	answer := func(status int) { p.set(func() { p.status["/post"] = status }) }
+
+	answer(204) // the server gets nothing, so that no event comes
+	b.say("answer, then gap")
+	b.wait("the answer is here", "$('#unsent [data-state=sent]')")
+	gap(1)
+	b.wait("it is in the log", alone, "answer, then gap")
+
+	answer(503)
+	p.set(func() { p.keys = nil })
+	b.say("gap, then answer")
+	p.until("it is tried", func() bool { return len(p.keys) > 0 })
+	gap(2)
+	b.checks(check{"what nobody has answered for waits", "count('gap, then answer') === 0 && $('#unsent [data-state=waiting]')"})
+	answer(204)
+	b.wait("it is in the log", alone, "gap, then answer")
+
+	var key string
+	p.set(func() { key = p.keys[0] })
+	p.send(frame(key, "[10:00:00] 小明: gap, then answer") + frame(id(), "[10:00:00] 小明: behind it"))
+	b.hasText("behind it")
+	b.wait("once, if its event comes after all", alone, "gap, then answer")
+}
+
 // Everything at once, by chance: what is written arrives once, and in order.
 func TestPageStorm(t *testing.T) {
 	b, p := visit(t)

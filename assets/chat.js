@@ -81,7 +81,7 @@ function arrive(e) {
   if (e.type !== 'wait') setLive();
   if (e.type === 'ping') backlog = false;
   if (e.type === 'message' && !remember(e.id)) return;
-  if (e.type === 'gap') deliverSent();
+  if (e.type === 'gap') lose();
   if (e.type === 'message') deliver(e);
   if (e.type === 'message' && document.hidden) countUnread(e);
   if (e.type === 'message' || e.type === 'gap') queue.push(e);
@@ -381,6 +381,7 @@ const outbox = [];
 const delivered = [];
 let posting = false;
 let pauseTimer = 0, tries = 0;      // after an answer that was none
+let lostAt = 0;                     // when a gap came: of letters tried before, no event may come
 
 /** Draft and outbox live in this tab's storage, under the name they were written with. */
 function save() {
@@ -490,6 +491,7 @@ function judge(letter, code, seconds) {
 function sent(letter) {
   tries = 0;
   if (outbox.includes(letter)) mark(letter, 'sent');
+  if (lostAt >= (letter.tried ?? 0)) deliverSent();
   return 0;
 }
 
@@ -524,7 +526,13 @@ function deliver(e) {
   if (!isMine(e)) location.reload(); // the session has another name than this page
 }
 
-/** Events were lost, perhaps those of letters that are in the room: show them now. */
+/** Events were lost, perhaps those of letters. */
+function lose() {
+  lostAt = Date.now();
+  deliverSent();
+}
+
+/** Shows the letters that are in the room, as if their events had come. */
 function deliverSent() {
   const time = new Date().toTimeString().slice(0, 8);
   for (const { id, text } of outbox.filter((m) => m.state === 'sent')) {
