@@ -6377,7 +6377,7 @@ func TestPageText(t *testing.T) {
 		p.send(frame(id(), "[10:00:00] 李雷: "+c.text))
 		b.hasText(c.text)
 		if got := js[string](b, "return [...$('#log .row:last-child .text').querySelectorAll('a')].map((a) => a.textContent).join(' ')"); got != c.links {
-			t.Errorf("%q has the links %q, want %q", c.text, got, c.links)
+			t.Errorf("%.200q has the links %.200q, want %.200q", c.text, got, c.links)
 		}
 	}
 	p.send(frame(id(), "[10:00:00] 李雷: a link https://example.com/"))
@@ -6510,6 +6510,14 @@ func TestPageFaults(t *testing.T) {
 		}
 		js[any](b, "$('#text').value = ''")
 	}
+	fault(503)
+	b.say("first refused")
+	b.say("second refused")
+	b.keys("#text", "being ")
+	fault(422)
+	b.checks(check{"two come back in order, behind what is being written", `$('#text').value === 'being \nfirst refused\nsecond refused'`})
+	b.checks(check{"where the cursor stays", "$('#text').selectionStart === 'being '.length && $('#text').selectionEnd === 'being '.length"})
+	js[any](b, "$('#text').value = ''")
 	fault(400)
 	b.say("refused")
 	b.checks(check{"what is refused says so", "$('#unsent .row[data-state=failed] .fate').innerText.replace(/\\s+/g, ' ') === 'Not sent Retry Delete'"})

@@ -506,7 +506,9 @@ function fail(letter) {
 function giveBack(letter) {
   remove(letter);
   letter.node.remove();
-  write([letter.text, box.value].filter(Boolean).join('\n'));
+  const end = box.value.length;     // the cursor stays with who is writing
+  box.setRangeText((end ? '\n' : '') + letter.text, end, end, end ? 'preserve' : 'end');
+  typed();
   if (!send.disabled) notice.textContent = T.refused;
   return 0;
 }
