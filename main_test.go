@@ -6396,6 +6396,9 @@ func TestPageText(t *testing.T) {
 	lines := strings.Repeat("line\n", 29) + "last"
 	p.send(frame(id(), "[10:00:00] 李雷: "+lines))
 	b.checks(check{"a long text shows twelve lines", `$('#log .more') && $('#log .more').textContent === 'Show all 30 lines' && texts().at(-1) === 'line\n'.repeat(11) + 'lineShow all 30 lines'`})
+	b.checks(check{"the button stands in line with the text", `(() => {
+		const left = (node) => { const r = document.createRange(); r.selectNodeContents(node); return r.getBoundingClientRect().left; };
+		return Math.abs(left($('#log .more').firstChild) - left(row(texts().at(-1)).querySelector('.text').firstChild)) < .5; })()`})
 	b.click("#log .more")
 	b.hasText(lines)
 
@@ -7080,6 +7083,7 @@ func TestPageLooks(t *testing.T) {
 	b.media(map[string]string{"forced-colors": "active"})
 	b.colours("forced colours")
 	b.checks(check{"with forced colours an own row still has its bar", "(s => parseInt(s.borderInlineStartWidth) >= 3 && s.borderInlineStartColor !== s.backgroundColor && s.borderInlineStartColor !== getComputedStyle(row('hello')).borderInlineStartColor)(getComputedStyle(row('my own')))"})
+	b.checks(check{"and no other row has one", "(s => s.borderInlineStartColor === getComputedStyle(document.documentElement).backgroundColor)(getComputedStyle(row('hello')))"})
 	b.media(map[string]string{"prefers-reduced-motion": "reduce"})
 	p.set(func() { p.status["/post"] = 400 })
 	b.say("failed")
@@ -7249,7 +7253,12 @@ func TestPageProjector(t *testing.T) {
 	b.keys("body", " ")
 	b.checks(check{"Space goes on", "bottom() < 2 && !seen($('#pill'))"})
 	b.size(1280, 720)
+	p.send(frame(id(), "[10:00:00] Ada: ```go\nx\n```"))
+	b.checks(check{"the language of code can be read from the last row too", "$('pre') && parseFloat(getComputedStyle($('pre'), '::before').fontSize) >= 20"})
 	b.checks(check{"at 1280 px too", "parseFloat(getComputedStyle($('#log .text')).fontSize) >= 28 && document.scrollingElement.scrollWidth <= innerWidth && bottom() < 2"})
+	p.stop()
+	b.wait("the banner", "state() === 'reconnecting'")
+	b.checks(check{"nobody is told to go on writing", "$('#status').textContent === 'Connecting…'"})
 }
 
 func TestPageClean(t *testing.T) {

@@ -363,10 +363,10 @@ function setDown() {
 
 const showLoss = () => showState(navigator.onLine ? 'reconnecting' : 'offline');
 
-/** @param {string} state */
+/** Nobody writes at a projector, it only waits. @param {string} state */
 function showState(state) {
   body.dataset.state = state;
-  status.textContent = T[state];
+  status.textContent = T[projector && state !== 'live' ? 'connecting' : state];
 }
 
 for (const event of ['online', 'offline']) {
