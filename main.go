@@ -208,8 +208,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	}
 	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", cfg.addr)
 	if err != nil {
-		return fmt.Errorf("listening on %s: %w; choose another address with -addr, such as -addr :8990",
-			cfg.addr, cause(err))
+		other := ":8990"
+		if strings.HasSuffix(cfg.addr, other) {
+			other = ":8991"
+		}
+		return fmt.Errorf("listening on %s: %w; choose another address, such as -addr %s", cfg.addr, cause(err), other)
 	}
 	s.urls = roomURLs(ln.Addr())
 	fmt.Fprintf(stdout, "chat: open %s\n", strings.Join(s.urls, " or "))
@@ -279,7 +282,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 		return nil, usagef("%s", strings.ReplaceAll(redact(err.Error()), "\n", " "))
 	}
 	if flags.NArg() > 0 {
-		return nil, usagef("unexpected argument %q", redact(flags.Arg(0)))
+		return nil, usagef("unexpected argument %q; an address goes behind -addr, as in -addr :8990",
+			redact(flags.Arg(0)))
 	}
 	if *version {
 		fmt.Fprintln(stdout, versionLine())
@@ -1055,7 +1059,11 @@ func (b *broker) leave(err error) {
 	b.mu.Unlock()
 	if was == nil || was == errNotJoined {
 		b.log.leave()
-		b.logf("redis is away, trying again until it answers: %v", err)
+		hint := ""
+		if was == errNotJoined {
+			hint = "; start it, or leave -redis out for a room in memory"
+		}
+		b.logf("redis is away, trying again until it answers: %v%s", err, hint)
 	}
 }
 
@@ -1953,49 +1961,80 @@ func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
 }
 
-// roomURLs lists the addresses at which the room can be opened, the likeliest first: this
-// machine, then networks with neighbours, of these the one that leads out, then tunnels. IPv6,
-// which nobody types, only where there is nothing else.
+// roomURLs lists the addresses at which the room can be opened, the likeliest first.
 func roomURLs(addr net.Addr) []string {
 	tcp := addr.(*net.TCPAddr)
-	at := func(host string) string { return "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port)) }
-	if !tcp.IP.IsUnspecified() {
-		return []string{at(tcp.IP.String())}
+	urls := []string{tcp.IP.String()}
+	if tcp.IP.IsUnspecified() {
+		out := ""
+		// Connecting a UDP socket sends nothing; it asks the kernel for a route.
+		if c, err := net.Dial("udp4", "192.0.2.1:9"); err == nil {
+			out, _, _ = net.SplitHostPort(c.LocalAddr().String())
+			c.Close()
+		}
+		urls = append([]string{"localhost"}, likeliest(ownAddresses(), out, tcp.IP.To4() == nil)...)
 	}
-	out := ""
-	// Connecting a UDP socket sends nothing; it asks the kernel for a route.
-	if c, err := net.Dial("udp4", "192.0.2.1:9"); err == nil {
-		out, _, _ = net.SplitHostPort(c.LocalAddr().String())
-		c.Close()
+	for i, host := range urls {
+		urls[i] = "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
 	}
-	var likely, others, v6 []string
+	return urls
+}
+
+// An ownAddress is an address of this machine.
+type ownAddress struct {
+	ip     netip.Addr
+	shared bool // with neighbours: its link is no tunnel
+	bridge bool // its link joins others, often virtual machines that only this one sees
+}
+
+// ownAddresses lists the addresses of the links that are up and have a cable or its like.
+func ownAddresses() (own []ownAddress) {
 	links, _ := net.Interfaces()
 	for _, link := range links {
 		addrs, _ := link.Addrs()
+		_, noBridge := os.Stat("/sys/class/net/" + link.Name + "/bridge")
 		for _, a := range addrs {
 			prefix, _ := netip.ParsePrefix(a.String())
-			ip, shared := prefix.Addr(), link.Flags&net.FlagBroadcast != 0
-			switch url := at(ip.String()); {
-			case !ip.IsGlobalUnicast() || link.Flags&net.FlagRunning == 0:
-				// no cable, or a bridge to nothing
-			case ip.Is6():
-				v6 = append(v6, url)
-			case shared && ip.String() == out:
-				likely = slices.Insert(likely, 0, url)
-			case shared:
-				likely = append(likely, url)
-			default:
-				others = append(others, url)
+			if link.Flags&net.FlagRunning != 0 && !prefix.Addr().IsLoopback() {
+				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, noBridge == nil})
 			}
 		}
 	}
-	urls := slices.Concat([]string{at("localhost")}, likely, others)
-	if len(urls) == 1 && out != "" { // Android does not list its interfaces
-		urls = append(urls, at(out))
-	} else if len(urls) == 1 && tcp.IP.To4() == nil {
-		urls = append(urls, v6...)
+	return own
+}
+
+// likeliest orders the addresses by how likely a neighbour reaches them: out, which has the way
+// to the rest of the world, then other networks, then bridges and tunnels. Only where there is
+// none of these: what machines give themselves on a switch without DHCP, and then IPv6, which
+// nobody likes to type, if the room is open there.
+func likeliest(own []ownAddress, out string, v6 bool) []string {
+	var ranks [5][]string
+	for _, a := range own {
+		rank := 2
+		switch ip := a.ip.String(); {
+		case a.ip.Is6() && !a.ip.IsGlobalUnicast():
+			continue
+		case a.ip.Is6():
+			rank = 4
+		case !a.ip.IsGlobalUnicast():
+			rank = 3
+		case a.shared && ip == out:
+			rank = 0
+		case a.shared && !a.bridge:
+			rank = 1
+		}
+		ranks[rank] = append(ranks[rank], a.ip.String())
 	}
-	return urls
+	hosts := slices.Concat(ranks[:3]...)
+	switch {
+	case len(hosts) == 0 && out != "": // Android does not list its links
+		return []string{out}
+	case len(hosts) == 0 && len(ranks[3]) > 0:
+		return ranks[3]
+	case len(hosts) == 0 && v6:
+		return ranks[4]
+	}
+	return hosts
 }
 
 // joinURL is the address that others open: the one this page was opened at, unless only this

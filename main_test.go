@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"net/http/cookiejar"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -312,7 +313,11 @@ func startCommand(t testing.TB, args []string, command ...string) *room {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	r.Process, r.interrupt = cmd.Process, func() { cmd.Process.Signal(os.Interrupt) }
+	r.Process, r.interrupt = cmd.Process, func() {
+		if cmd.Process.Signal(os.Interrupt) != nil { // Windows has none
+			cmd.Process.Kill()
+		}
+	}
 	go func() {
 		defer close(r.ended)
 		r.err = cmd.Wait()
@@ -3113,6 +3118,44 @@ func TestExitStatus(t *testing.T) {
 	}
 }
 
+// TestFirstContact pins the words by which somebody in a hurry finds out what to do.
+func TestFirstContact(t *testing.T) {
+	t.Parallel()
+	fails := func(args ...string) string {
+		err := run(t.Context(), args, func(string) string { return "" }, io.Discard, io.Discard)
+		return fmt.Sprint(err)
+	}
+	taken := strings.TrimPrefix(startRoom(t).url, "http://")
+	for _, c := range []struct{ name, got, want string }{
+		{"port taken", fails("-addr", taken),
+			"listening on " + taken + ": …; choose another address, such as -addr :8990"},
+		{"the port that is proposed has no network", fails("-addr", "192.0.2.1:8990"),
+			"listening on 192.0.2.1:8990: …; choose another address, such as -addr :8991"},
+		{"stray argument", fails("8990"),
+			`unexpected argument "8990"; an address goes behind -addr, as in -addr :8990 (chat -h lists the flags)`},
+		{"mistyped flag", fails("-port", "80"), "flag provided but not defined: -port (chat -h lists the flags)"},
+	} {
+		before, after, _ := strings.Cut(c.want, "…") // the system's words
+		if !strings.HasPrefix(c.got, before) || !strings.HasSuffix(c.got, after) {
+			t.Errorf("%s: got %q, want %q", c.name, c.got, c.want)
+		}
+	}
+	transcript := regexp.MustCompile("(?s)```\n\\$ ./chat\n(.*?)```").FindStringSubmatch(readFile(t, "README.md"))
+	if transcript == nil {
+		t.Fatal("README.md does not begin with a transcript")
+	}
+	first := regexp.QuoteMeta(transcript[1])
+	first = strings.Replace(first, `http://192\.168\.1\.20:8989`, `\S+( or \S+)*`, 1) // here other networks
+	first = strings.Replace(first, "8989", `\d+`, 1)
+	if got := startRoom(t, "-addr", ":0").out.String(); !regexp.MustCompile("^" + first + "$").MatchString(got) {
+		t.Errorf("it prints %q, README.md %q", got, transcript[1])
+	}
+	away := startRoom(t, "-redis", "localhost:"+freePort(t))
+	eventually(t, "a word about Redis", func() bool {
+		return strings.Contains(away.log.String(), "; start it, or leave -redis out for a room in memory\n")
+	})
+}
+
 // The version is the one that Go has put into the binary.
 func TestVersion(t *testing.T) {
 	t.Parallel()
@@ -3157,6 +3200,37 @@ func TestAddressesOfTheRoom(t *testing.T) {
 	for _, url := range want {
 		if !strings.Contains(r.out.String(), url) {
 			t.Errorf("it prints %q, want %s", r.out.String(), url)
+		}
+	}
+}
+
+func TestLikeliestAddress(t *testing.T) {
+	at := func(ip string, shared, bridge bool) ownAddress {
+		return ownAddress{netip.MustParseAddr(ip), shared, bridge}
+	}
+	wifi, cable := at("192.168.1.20", true, false), at("10.1.1.1", true, false)
+	tunnel, docker := at("100.64.0.1", false, false), at("172.17.0.1", true, true)
+	self, six, sixSelf := at("169.254.7.8", true, false), at("2001:db8::1", true, false), at("fe80::1", true, false)
+	for _, c := range []struct {
+		name string
+		own  []ownAddress
+		out  string
+		v6   bool
+		want string
+	}{
+		{"the one that leads out is first", []ownAddress{docker, cable, tunnel, wifi, six, sixSelf, self}, "192.168.1.20", true,
+			"192.168.1.20 10.1.1.1 172.17.0.1 100.64.0.1"},
+		{"a bridge that leads out", []ownAddress{cable, docker}, "172.17.0.1", true, "172.17.0.1 10.1.1.1"},
+		{"a tunnel that leads out is for itself", []ownAddress{tunnel, cable}, "100.64.0.1", true, "10.1.1.1 100.64.0.1"},
+		{"no way out", []ownAddress{docker, cable}, "", true, "10.1.1.1 172.17.0.1"},
+		{"a switch without DHCP", []ownAddress{six, self, sixSelf}, "", true, "169.254.7.8"},
+		{"IPv6 alone", []ownAddress{sixSelf, six}, "", true, "2001:db8::1"},
+		{"IPv6 alone, where the room is not", []ownAddress{sixSelf, six}, "", false, ""},
+		{"links are not listed", nil, "192.168.1.20", true, "192.168.1.20"},
+		{"nothing", nil, "", true, ""},
+	} {
+		if got := strings.Join(likeliest(c.own, c.out, c.v6), " "); got != c.want {
+			t.Errorf("%s: got %q, want %q", c.name, got, c.want)
 		}
 	}
 }
