@@ -15,8 +15,8 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	                     when absent, $REDIS_URL; when that is empty, a room in memory
 	-channel name        Redis channel of the room (default "chat")
 	-history n           messages that a newcomer gets, at most 4096 (default 200)
-	-rate n              messages a second for one sender after a burst of 10, and with it the
-	                     limits on logging in; 0 is no limit (default 5)
+	-rate n              messages a second for one sender after a burst of 10; 0 is no limit,
+	                     neither here nor on logging in (default 5)
 	-origin url          origin to trust, behind a proxy that changes the Host header
 	-version             print the version and exit
 	-h                   print the flags and exit
@@ -269,7 +269,7 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags.StringVar(&c.channel, "channel", "chat", "Redis channel `name` of the room")
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
-		"0 turns this and the limits on logging in off")
+		"0 is no limit, neither here nor on logging in")
 	origin := flags.String("origin", "", "origin `url` to trust, behind a proxy that changes the Host header")
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
@@ -1994,8 +1994,8 @@ func ownAddresses() (own []ownAddress) {
 		addrs, _ := link.Addrs()
 		_, noBridge := os.Stat("/sys/class/net/" + link.Name + "/bridge")
 		for _, a := range addrs {
-			prefix, _ := netip.ParsePrefix(a.String())
-			if link.Flags&net.FlagRunning != 0 && !prefix.Addr().IsLoopback() {
+			prefix, err := netip.ParsePrefix(a.String())
+			if err == nil && link.Flags&net.FlagRunning != 0 && !prefix.Addr().IsLoopback() {
 				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, noBridge == nil})
 			}
 		}
