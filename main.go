@@ -139,12 +139,12 @@ const (
 
 	postBurst  = 10  // messages of one sender at once; then -rate a second
 	loginBurst = 400 // logins from one address at once,
-	loginRate  = 5   // and then a second
+	loginRate  = 5   // and then so many a second
 	guessBurst = 20  // wrong passwords from one address at once,
-	guessRate  = 1   // and then a second
+	guessRate  = 1   // and then so many a second
 
-	headerTimeout  = 10 * time.Second // for a request's header to come,
-	requestTimeout = 20 * time.Second // and with its body
+	headerTimeout  = 10 * time.Second // for the header of a request to come,
+	requestTimeout = 20 * time.Second // and for the whole request
 	answerTimeout  = 30 * time.Second // from the header to the end of an answer that is no stream
 	idleTimeout    = 75 * time.Second // over a proxy's, usually a minute: it closes first
 
