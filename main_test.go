@@ -8214,13 +8214,18 @@ func TestShellLines(t *testing.T) {
 	r := startRedis(t)
 	room := startProcess(t, "-redis", r.addr).joined()
 	_, port, _ := strings.Cut(r.addr, ":")
+	dir, ci := t.TempDir(), readFile(t, ".ci/run")
 	for line := range strings.Lines(strings.Join(blocks(t, "sh"), "")) {
 		line = strings.TrimSpace(strings.NewReplacer("http://localhost:8989", room.url, "redis-cli ", "redis-cli -p "+port+" ").Replace(line))
 		endless := strings.Contains(line, "curl -N") || strings.Contains(line, "SUBSCRIBE")
-		_, args, chat := strings.Cut(line, "./chat")
 		switch {
-		case chat:
-			checkFlags(t, args)
+		case strings.Contains(line, "./chat"): // the address and Redis of the test come last and win
+			line = strings.Replace(line, "./chat", `exec "$0"`, 1) + ` "$@"`
+			args := []string{}
+			if strings.Contains(line, "-redis") {
+				args = []string{"-redis", r.addr}
+			}
+			startCommand(t, args, sh, "-c", line, buildBinary(t)).joined()
 		case endless: // it must hear what is said while it runs
 			out := start(t, exec.Command(sh, "-c", "exec "+line))
 			n := 0
@@ -8230,8 +8235,9 @@ func TestShellLines(t *testing.T) {
 				return strings.Contains(out.String(), "anonymous: heard")
 			})
 		case strings.HasPrefix(line, "curl ") || strings.HasPrefix(line, "redis-cli "):
-			line = strings.Replace(line, "curl ", "curl -sS --fail ", 1)
-			if out, err := exec.Command(sh, "-c", line).CombinedOutput(); err != nil {
+			cmd := exec.Command(sh, "-c", strings.Replace(line, "curl ", "curl -sS --fail ", 1))
+			cmd.Dir = dir
+			if out, err := cmd.CombinedOutput(); err != nil {
 				t.Errorf("%s: %v\n%s", line, err, out)
 			}
 		case strings.Contains(line, "go build"):
@@ -8243,7 +8249,13 @@ func TestShellLines(t *testing.T) {
 			if out, err := exec.Command("go", "run", ".", "-version").CombinedOutput(); err != nil {
 				t.Errorf("%s: %v\n%s", line, err, out)
 			}
-		case strings.HasPrefix(line, "apt-get install"): // .ci/run does
+		case strings.HasPrefix(line, "apt-get update"): // .ci/run does, if it has the same packages
+			packages, _, _ := strings.Cut(line[strings.Index(line, " -y ")+4:], " &&")
+			for _, name := range strings.Fields(packages) {
+				if !strings.Contains(ci, "packages+=("+name+")") {
+					t.Errorf(".ci/run does not install %s", name)
+				}
+			}
 		default:
 			t.Errorf("README.md has %q, and nothing tries it", line)
 		}
