@@ -167,13 +167,14 @@ const (
 	redisSilence   = 5 * time.Second        // silence after which a probe goes out
 	probeTimeout   = 2 * time.Second        // within which it must come back
 	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
-	maxBackoff     = 2 * time.Second        // this
+	maxBackoff     = 2 * time.Second        // this, each half as long to half as long again
 	keyGrace       = 5 * time.Second        // for an older cookie key to come back
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
 
-	spareFiles = 24 // descriptors that connections must leave: Redis and its redial, the listener
-	busyConns  = 8  // connections kept to answer 503 when all others are taken
+	spareFiles = 24          // descriptors that connections must leave: Redis, its redial, the listener
+	busyConns  = 8           // connections kept to answer 503 when all others are taken
+	fullPause  = time.Minute // between two words in the log that all are taken
 )
 
 //go:embed assets
@@ -421,6 +422,7 @@ type Log struct {
 	wake   chan struct{}        // closed and replaced at each message, join, heartbeat, and the end
 	beat   *time.Timer          // wakes everybody after silence
 	asked  map[string]time.Time // unknown id → when a poll first asked for it
+	since  time.Time            // when asked was last begun anew
 	joined time.Time            // since when messages flow; zero while Redis is away
 	begun  bool                 // it was joined once, so its history is the room's
 	closed bool
@@ -552,7 +554,9 @@ func (l *Log) merge(list []message, upTo int) (complete bool) {
 		}
 		listed[m.id] = true
 	}
-	gap = gap || l.newest != "0" && len(list) > 0 && !listed[l.newest]
+	if len(list) > 0 && !listed[l.newest] {
+		gap = gap || l.newest != "0" || l.next > 0 && len(list) >= ringSize
+	}
 	switch {
 	case l.next == 0 && len(list) >= ringSize:
 		l.next, l.oldest = 1, 1 // a full list may have lost its head: cursor 0 is before it
@@ -633,19 +637,19 @@ func (l *Log) has(id string) (known bool, wake <-chan struct{}) {
 }
 
 // firstAsked returns since when polls have asked for an id that is not known. A poll ends before
-// it can wait for it; without this memory the next one would begin to wait anew, for ever.
+// it can wait for it; without this memory the next one would begin to wait anew, for ever. Of
+// more than maxAsked ids in a while it says that they were asked for long ago: whoever makes ids
+// up must not make others wait.
 func (l *Log) firstAsked(id string) time.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	when, again := l.asked[id]
-	if !again {
-		if l.asked == nil || len(l.asked) == maxAsked {
-			l.asked = map[string]time.Time{}
-		}
-		when = time.Now()
-		l.asked[id] = when
+	if time.Since(l.since) > maxWait {
+		l.asked, l.since = map[string]time.Time{}, time.Now()
 	}
-	return when
+	if _, again := l.asked[id]; !again && len(l.asked) < maxAsked {
+		l.asked[id] = time.Now()
+	}
+	return l.asked[id]
 }
 
 // later tells whether the message id is here and comes after the other, or the other is not.
@@ -661,6 +665,7 @@ func (l *Log) later(id, other string) bool {
 type place struct {
 	cursor cursor
 	known  bool
+	next   uint64          // position of the message that comes next
 	joined time.Time       // since when the log is joined; zero while it is not
 	wake   <-chan struct{} // to wait on if it is not known; nil when the log is closed
 }
@@ -672,18 +677,18 @@ type place struct {
 func (l *Log) find(id string) place {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	p := place{joined: l.joined, wake: l.wake}
+	p := place{next: l.next, joined: l.joined, wake: l.wake}
 	if l.closed {
 		p.wake = nil
 	}
-	base, _, _ := strings.Cut(id, ".")
+	base, rest, _ := strings.Cut(id, ".")
 	pos, exact := l.index[id]
 	basePos, near := l.index[base]
 	switch {
 	case !l.begun:
 	case id == "":
 		p.cursor, p.known = l.recent(), true
-	case exact && l.at(pos).unsure:
+	case exact && l.at(pos).unsure, !exact && near && l.at(basePos).unsure && rest != toldOfGap:
 		p.cursor.pos, p.known = lost, true
 	case exact:
 		p.cursor, p.known = cursor{pos: pos + 1}, true
@@ -699,6 +704,11 @@ func (l *Log) find(id string) place {
 	return p
 }
 
+// toldOfGap, behind a dot after an unsure id, says that the reader has had the gap before it, so
+// that it is not told again each time it comes back. As part of a foreign id it is known nowhere,
+// and everywhere its reader goes on after the message.
+const toldOfGap = "aaaaaaaa"
+
 // recent is a newcomer's cursor, before the newest messages. The caller holds mu.
 func (l *Log) recent() cursor {
 	pos := l.next
@@ -712,8 +722,8 @@ func (l *Log) recent() cursor {
 
 // read returns the next frames, at most a page, and moves the cursor behind them. A reader that
 // fell off the ring's end gets the gap, and goes on as a newcomer. With wake the reader is at
-// the end and waits there; woken for nothing, it was the heartbeat. Without frames and wake the
-// log is closed.
+// the end and waits there; woken for nothing, it was the heartbeat or a join. Without frames and
+// wake the log is closed.
 func (l *Log) read(c *cursor) (frames []byte, wake <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -740,8 +750,11 @@ func (l *Log) before(c cursor) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for pos := c.pos; pos > l.oldest; pos-- {
-		if id := l.at(pos - 1).id; id != "" {
-			return id
+		switch e := l.at(pos - 1); {
+		case e.unsure:
+			return e.id + "." + toldOfGap
+		case e.id != "":
+			return e.id
 		}
 	}
 	if l.oldest > 0 {
@@ -824,10 +837,11 @@ func clean(s string, limit int) (text string, cut bool) {
 }
 
 // invisible tells whether a character alone shows nothing: white space, format characters, the
-// default-ignorable ones of Unicode, and the empty braille pattern.
+// default-ignorable ones of Unicode, and those whose picture is empty: of braille, of two
+// hieroglyphs and of a note.
 func invisible(r rune) bool {
-	return unicode.IsSpace(r) || r == '\u2800' || unicode.In(r, unicode.Cc, unicode.Cf,
-		unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector)
+	return unicode.IsSpace(r) || strings.ContainsRune("\u2800\U00013441\U00013442\U0001d159", r) ||
+		unicode.In(r, unicode.Cc, unicode.Cf, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector)
 }
 
 func blank(s string) bool {
@@ -1005,7 +1019,7 @@ type broker struct {
 	away error      // why the room is not joined; nil while it is
 
 	// Foreign lines are numbered among equal ones since the announced line before them.
-	// Used only by the goroutine that follows the subscription.
+	// Used only by the goroutine that follows the subscription, and before it starts.
 	base string // id of that line, "0" before the first
 	seen map[[sha256.Size]byte]int
 }
@@ -1133,11 +1147,11 @@ func (b *broker) stay(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := b.shareKey(pub); err != nil {
-		return err
-	}
 	head, err := b.subscribe(sub)
 	if err != nil {
+		return err
+	}
+	if err := b.shareKey(pub); err != nil { // when it changes after that, the subscription tells
 		return err
 	}
 	probe, err := b.takeList(pub, head)
@@ -1248,7 +1262,7 @@ func parseList(reply any) ([]message, error) {
 	for _, item := range items {
 		id, raw, _ := strings.Cut(string(item), " ")
 		if line := fromRedis(raw); validKey(id) && !blank(line) {
-			list = append(list, message{id, line})
+			list = append(list, message{strings.Clone(id), line}) // else it keeps the whole item
 		}
 	}
 	return list, err
@@ -1293,9 +1307,10 @@ func (b *broker) takeList(c redis.Conn, head string) (probe string, err error) {
 	return "", errors.New("the history is being rewritten by others")
 }
 
-// writeList writes the log as the list, with what others have added to that, and makes the other
-// processes join again, for some of it may be new to them. It returns redis.ErrNil when another
-// process was faster: then WATCH made EXEC do nothing, or there was nothing left to do.
+// writeList writes the log as the list, between what is older than the log and what others have
+// added, and makes the other processes join again, for some of it may be new to them. It returns
+// redis.ErrNil when another process was faster: then WATCH made EXEC do nothing, or there was
+// nothing left to do.
 func (b *broker) writeList(c redis.Conn, probe string) error {
 	name := b.channel + ":history"
 	if _, err := c.Do("WATCH", name); err != nil {
@@ -1313,9 +1328,11 @@ func (b *broker) writeList(c redis.Conn, probe string) error {
 		_, err = c.Do("UNWATCH")
 		return cmp.Or(err, redis.ErrNil)
 	}
+	older := slices.IndexFunc(list, func(m message) bool { known, _ := b.log.has(m.id); return known })
+	list = append(list[:max(older, 0)], b.log.posted()...)
 	c.Send("MULTI")
 	c.Send("DEL", name)
-	for _, m := range b.log.posted() {
+	for _, m := range list[max(len(list)-ringSize, 0):] {
 		c.Send("RPUSH", name, m.id+" "+toRedis(m.line))
 	}
 	c.Send("PUBLISH", b.channel+":probe", rewritten+probe)
@@ -1353,7 +1370,7 @@ func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) erro
 			switch m.Channel {
 			case b.channel + ":probe":
 				sender, wroteBack := strings.CutPrefix(string(m.Data), rewritten)
-				if wroteBack && sender != probe && caughtUp {
+				if wroteBack && sender != probe && (caughtUp || sender == "") { // "": it was the key
 					return errForgot
 				}
 				if sender == probe {
@@ -1457,19 +1474,28 @@ func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broke
 	}
 }
 
-// sendProbe publishes to the probe channel. It also looks how long the list is, which shows that
-// Redis forgot it, and writes to it, which shows a read-only replica or a key of another type.
+// sendProbe publishes to the probe channel. It also looks how long the list is and at the key,
+// which shows that Redis forgot them, and writes to the list, which shows a read-only replica or a
+// key of another type.
 func (b *broker) sendProbe(c redis.Conn, probe string) error {
 	held := b.log.size()
 	c.Send("MULTI")
-	c.Send("LLEN", b.channel+":history")
 	b.queueProbe(c, probe)
+	c.Send("LLEN", b.channel+":history")
+	if !b.ownKey {
+		c.Send("GET", b.channel+":key")
+	}
 	replies, err := results(c.Do("EXEC"))
 	if err != nil {
 		return err
 	}
-	if length, _ := replies[0].(int64); length < int64(held) {
+	if length, _ := replies[2].(int64); length < int64(held) {
 		return errForgot
+	}
+	if !b.ownKey {
+		if key, _ := redis.String(replies[3], nil); key != b.key {
+			return errForgot
+		}
 	}
 	return nil
 }
@@ -1570,6 +1596,7 @@ type server struct {
 
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
+	toldFull             atomic.Int64 // when the log last said that they are too many, in Unix ns
 
 	mu       sync.Mutex // guards streams, and the conn of each until it runs
 	streams  map[*stream]struct{}
@@ -1707,9 +1734,19 @@ func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
 		c.Close()
 	}
 	if n > s.maxConns {
+		s.full()
 		return context.WithValue(ctx, busy{}, true)
 	}
 	return ctx
+}
+
+// full logs, at most once in a while, that not everybody finds room.
+func (s *server) full() {
+	last, now := s.toldFull.Load(), time.Now().UnixNano()
+	if now-last > int64(fullPause) && s.toldFull.CompareAndSwap(last, now) {
+		s.logf("full: %d of %d connections are open, %d of them may be streams; "+
+			"a higher limit of open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
+	}
 }
 
 // shutdown ends everything within stopTimeout. Posts that wait have been told by their context;
@@ -2226,6 +2263,7 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if !s.enter(st) {
+		s.full()
 		h.Set("Connection", "close") // else it stays open, idle, and counts
 		unavailable(w, "too many streams")
 		return
@@ -2295,12 +2333,12 @@ type stream struct {
 	poll  bool     // the answer ends when there was something, or after wait
 	wait  time.Duration
 	at    cursor
+	end   uint64    // position of the message that came next when it found its place
 	renew time.Time // when the connection's write deadline is to be set anew
 }
 
 // run writes the head and then events until the reader is gone, its time is over, or the log is
-// closed. A poll ends when it is up to date; a long one needs a message for that, and does not
-// go on for ever in a room that is faster than its reader.
+// closed.
 func (st *stream) run() {
 	low, high := retryLow, retryHigh
 	var end <-chan time.Time // of a long poll; nil, and so never, for a stream
@@ -2324,7 +2362,7 @@ func (st *stream) run() {
 		if !bytes.Equal(frames, gapFrame) {
 			sent += len(frames)
 		}
-		if st.poll && (wake != nil && (sent > 0 || st.wait == 0) || st.wait > 0 && sent >= maxPoll) {
+		if st.poll && st.over(sent, wake != nil) {
 			st.ping()
 			return
 		}
@@ -2348,6 +2386,15 @@ func (st *stream) run() {
 	}
 }
 
+// over tells whether a poll has brought what it is for: what there was when it began, or if it is
+// a long one any message. Neither goes on for ever in a room that is faster than its reader.
+func (st *stream) over(sent int, upToDate bool) bool {
+	if st.wait == 0 {
+		return st.at.pos >= st.end
+	}
+	return sent > 0 && upToDate || sent >= maxPoll
+}
+
 // ping tells the reader that it is up to date, and as of which message.
 func (st *stream) ping() bool { return st.write(pingAt(st.log.before(st.at))) }
 
@@ -2358,7 +2405,7 @@ func (st *stream) settle(end <-chan time.Time) bool {
 	came, told := time.Now(), false
 	for {
 		p := st.log.find(st.from)
-		if st.at = p.cursor; p.known {
+		if st.at, st.end = p.cursor, p.next; p.known {
 			return true
 		}
 		if p.wake == nil {

@@ -1038,6 +1038,31 @@ func TestLogIsUnsureBehindAGap(t *testing.T) {
 	}
 }
 
+// A reader that has had the gap before an unsure message is not told of it each time it comes
+// back, on any process; one that comes from elsewhere with a line after that message is.
+func TestLogTellsAGapOnce(t *testing.T) {
+	l := newTestLog(t, 2, numbered(0, 2))
+	l.merge(append(numbered(0, 1), numbered(5, 1)...), 2)
+	told := l.before(cursor{pos: l.next})
+	elsewhere := newTestLog(t, 2, numbered(5, 2))
+	for _, c := range []struct {
+		name string
+		log  *Log
+		id   string
+		want []string
+	}{
+		{"with the ping's id", l, told, nil},
+		{"with the ping's id, elsewhere", elsewhere, told, []string{"line 6"}},
+		{"with the message's id", l, testID(5), []string{"gap", "line 1", "line 5"}},
+		{"with a foreign line after it", l, testID(5) + ".foreigna", []string{"gap", "line 1", "line 5"}},
+	} {
+		p := c.log.find(c.id)
+		if got := drain(c.log, &p.cursor); !p.known || !slices.Equal(got, c.want) {
+			t.Errorf("%s: got %q, known %v, want %q", c.name, got, p.known, c.want)
+		}
+	}
+}
+
 // A full list has no room for what is older, so it does not lack it.
 func TestLogAwayForAFullList(t *testing.T) {
 	l := newTestLog(t, 10, numbered(0, ringSize))
@@ -1048,6 +1073,20 @@ func TestLogAwayForAFullList(t *testing.T) {
 		l := newTestLog(t, 10, numbered(0, 50+shared))
 		if !l.merge(numbered(50, ringSize), ringSize) {
 			t.Errorf("a full list that has %d of the messages held counts as incomplete", shared)
+		}
+	}
+}
+
+// A log that has only lines that other programs published knows no place in the list. If that is
+// full, the reader has missed something; else it may start anew with it.
+func TestLogOfForeignLinesAndAList(t *testing.T) {
+	for held, want := range map[int]string{ringSize: "gap", ringSize - 1: "line 0"} {
+		l := newTestLog(t, 10)
+		l.append(message{"0.foreigna", "hi"})
+		c := cursor{pos: l.next}
+		l.merge(numbered(0, held), held)
+		if got := drain(l, &c); len(got) == 0 || got[0] != want {
+			t.Errorf("a list of %d: got %.80q, want %q first", held, got, want)
 		}
 	}
 }
@@ -1217,6 +1256,58 @@ func TestPollsOfALostPlace(t *testing.T) {
 			time.Sleep(1200 * time.Millisecond)
 		}
 	})
+}
+
+// Who asks for many ids that are not known makes nobody else wait, nor is remembered for ever.
+func TestManyPollsOfLostPlaces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newTestLog(t, 200)
+		honest := l.firstAsked("honest")
+		time.Sleep(time.Second)
+		for i := range 2 * maxAsked {
+			l.firstAsked(testID(i))
+		}
+		if got := l.firstAsked("honest"); !got.Equal(honest) || got.IsZero() {
+			t.Errorf("among others it was first asked for at %v, want %v", got, honest)
+		}
+		if got := l.firstAsked("one too many"); !got.IsZero() || len(l.asked) > maxAsked {
+			t.Errorf("one too many was asked for at %v, and %d are remembered, want long ago and %d", got, len(l.asked), maxAsked)
+		}
+		time.Sleep(maxWait + time.Second)
+		if got := l.firstAsked("later"); !got.Equal(time.Now()) {
+			t.Errorf("later, one was asked for at %v, want %v", got, time.Now())
+		}
+	})
+}
+
+// A busyConn is a connection in a room where somebody posts two pages each time it is written to.
+type busyConn struct {
+	net.Conn
+	log    *Log
+	writes int
+}
+
+func (c *busyConn) SetWriteDeadline(time.Time) error { return nil }
+
+func (c *busyConn) Write(b []byte) (int, error) {
+	if c.writes++; c.writes > 100 {
+		return 0, io.ErrShortWrite
+	}
+	for _, m := range numbered(2*c.writes, 2) {
+		c.log.append(message{m.id, strings.Repeat("x", pageSize)})
+	}
+	return len(b), nil
+}
+
+// Polling brings what was there when it began, and ends in a room that is faster than its reader.
+func TestPollInAFastRoom(t *testing.T) {
+	for _, wait := range []time.Duration{0, time.Minute} {
+		conn := &busyConn{log: newTestLog(t, 200)}
+		(&stream{log: conn.log, conn: conn, poll: true, wait: wait, from: "0"}).run()
+		if conn.writes > 10 {
+			t.Errorf("wait=%v: %d writes, want an end", wait, conn.writes)
+		}
+	}
 }
 
 // A reader that stops reading is given up, and one that reads slowly is not.
@@ -1438,6 +1529,8 @@ func TestCleanName(t *testing.T) {
 		{"a\u00adb", "", "name_chars"},
 		{"a\u3164b", "", "name_chars"},
 		{"\u2800", "", "name_chars"},
+		{"\U0001d159", "", "name_chars"}, // the head of no note
+		{"\U00013441", "", "name_chars"},
 		{"a\ufe00", "", "name_chars"},
 		{"\U000e0061b", "", "name_chars"},
 		{"\ufeffa", "", "name_chars"},
@@ -1784,6 +1877,64 @@ func TestForgottenWhileQuiet(t *testing.T) {
 	newClient(t, room.url).say("a", "b", "c")
 	redis.do("FLUSHALL")
 	eventually(t, "the list to be back", func() bool { return len(redis.history()) == 3 })
+}
+
+// The key alone may be forgotten too, such as by a Redis that has to make room.
+func TestKeyForgottenWhileQuiet(t *testing.T) {
+	t.Parallel()
+	redis := startRedis(t)
+	redis.room().joined()
+	key := fmt.Sprint(redis.do("GET", "chat:key"))
+	redis.do("DEL", "chat:key")
+	eventually(t, "the key to be back", func() bool { return fmt.Sprint(redis.do("GET", "chat:key")) == key })
+}
+
+// TestKeyWhileJoining has the key put back by a process that knows it at two moments of the
+// joining of another, which has drawn one or is about to.
+func TestKeyWhileJoining(t *testing.T) {
+	t.Parallel()
+	for _, word := range []string{"SUBSCRIBE", "\r\n0\r\n$2\r\n-1\r\n"} { // the latter reads the list
+		redis := startRedis(t)
+		own, line := newRelay(t, redis.addr), newRelay(t, redis.addr)
+		one := startRoom(t, "-redis", own.addr).joined()
+		redis.do("DEL", "chat:key")
+		held := line.holdBefore(word)
+		two := startRoom(t, "-redis", line.addr)
+		eventually(t, "the joining to be held", held)
+		own.cut()
+		own.mend()
+		early := newClient(t, one.url)
+		eventually(t, "the first to be back", early.healthy)
+		early.login("early")
+		line.release()
+		eventually(t, "the sessions of one to hold at the other", func() bool {
+			redis.do("PUBLISH", "chat", "no silence, so no probe")
+			return early.at(two.url).get("/").status == http.StatusOK
+		})
+	}
+}
+
+// What is older than the log stays in the list when that is written back.
+func TestOlderThanTheLog(t *testing.T) {
+	t.Parallel()
+	redis := startRedis(t)
+	c := newClient(t, redis.room().joined().url)
+	for i := range 10 {
+		c.say(fmt.Sprint("m", i))
+	}
+	for i := range ringSize - 4 { // of these 10 the log keeps three
+		redis.do("PUBLISH", "chat", fmt.Sprint("foreign ", i))
+	}
+	c.say("last")
+	redis.do("RPOP", "chat:history") // as after a snapshot that is one message old
+	redis.do("CLIENT", "KILL", "TYPE", "pubsub")
+	eventually(t, "the list to be written", func() bool {
+		list := redis.history()
+		return len(list) > 0 && strings.HasSuffix(list[len(list)-1], "last")
+	})
+	if got := redis.history(); len(got) != 11 || !strings.HasSuffix(got[0], "m0") || !strings.HasSuffix(got[9], "m9") {
+		t.Errorf("the list has %q, want all 11 messages in their order", got)
+	}
 }
 
 // A server that does not know AUTH repeats its arguments, which must not be shown.
@@ -4007,6 +4158,8 @@ func (r *room) changes() (all []string) {
 			line = "joined"
 		case strings.Contains(line, "redis is away"):
 			line = "away"
+		case strings.Contains(line, " full: "): // is counted where it matters
+			continue
 		}
 		all = append(all, line)
 	}
@@ -5640,6 +5793,13 @@ func TestFewDescriptors(t *testing.T) {
 		t.Errorf("%d streams were opened and %d refused, want 50 and 10 at least", streams, refused)
 	}
 	c.say("the room goes on")
+	full := func() {
+		t.Helper()
+		if got := strings.Count(p.log.String(), " full: "); got != 1 {
+			t.Errorf("the log says %d times that it is full, want once", got)
+		}
+	}
+	full()
 	for range 100 { // connections that ask for nothing
 		if conn, err := net.DialTimeout("tcp", strings.TrimPrefix(p.url, "http://"), patience); err == nil {
 			crowd = append(crowd, conn)
@@ -5649,6 +5809,7 @@ func TestFewDescriptors(t *testing.T) {
 	if got := rawRequest(t, p.url, "GET /healthz HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"); got.status != 503 && got.status != 0 {
 		t.Errorf("one more connection than there may be: got %d, want 503 or nothing", got.status)
 	}
+	full()
 	r.do("CLIENT", "KILL", "TYPE", "pubsub")
 	r.do("CLIENT", "KILL", "TYPE", "normal")
 	eventually(t, "Redis to be dialled again", func() bool { return slices.Equal(p.changes(), []string{"joined", "away", "joined"}) })
