@@ -168,7 +168,7 @@ const (
 	probeTimeout   = 2 * time.Second        // within which it must come back
 	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
 	maxBackoff     = 2 * time.Second        // this, each half as long to half as long again
-	keyGrace       = 5 * time.Second        // for an older cookie key to come back
+	keyGrace       = 7 * time.Second        // for an older cookie key to come back; see checkKey
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
 
@@ -213,7 +213,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		if strings.HasSuffix(cfg.addr, other) {
 			other = ":8991"
 		}
-		return fmt.Errorf("listening on %s: %w; choose another address, such as -addr %s", cfg.addr, cause(err), other)
+		return fmt.Errorf("listening on %s: %w; choose another address, such as -addr %s",
+			cfg.addr, cause(err), other)
 	}
 	s.urls = roomURLs(ln.Addr())
 	fmt.Fprintf(stdout, "chat: open %s\n", strings.Join(s.urls, " or "))
@@ -529,10 +530,11 @@ func (l *Log) append(m message) {
 // the list before all that is known here is older than this log, and stays out.
 //
 // A gap comes first when the log has missed something for good: when its newest message is not
-// in the list (an empty one was forgotten and says nothing), or when it lacks a message that
-// stands before one it has. Then the processes disagree on what comes before the messages taken,
-// unless the log was just away for a whole list, and a reader that comes with one of their ids
-// has to be told as well.
+// in the list (an empty one was forgotten and says nothing), when it has only foreign lines and
+// the list is full, so that its head may be lost, or when it lacks a message that stands before
+// one it has. Then the processes disagree on what comes before the messages taken, unless the log
+// was just away for a whole list, and a reader that comes with one of their ids has to be told as
+// well.
 func (l *Log) merge(list []message, upTo int) (complete bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -637,9 +639,9 @@ func (l *Log) has(id string) (known bool, wake <-chan struct{}) {
 }
 
 // firstAsked returns since when polls have asked for an id that is not known. A poll ends before
-// it can wait for it; without this memory the next one would begin to wait anew, for ever. Of
-// more than maxAsked ids in a while it says that they were asked for long ago: whoever makes ids
-// up must not make others wait.
+// it can wait for it; without this memory the next one would begin to wait anew, for ever. Beyond
+// maxAsked ids in a minute it returns the zero time: such an id is given up at once, so that whoever
+// makes ids up makes nobody wait, at the price of a gap that may be none.
 func (l *Log) firstAsked(id string) time.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -688,7 +690,8 @@ func (l *Log) find(id string) place {
 	case !l.begun:
 	case id == "":
 		p.cursor, p.known = l.recent(), true
-	case exact && l.at(pos).unsure, !exact && near && l.at(basePos).unsure && rest != toldOfGap:
+	case exact && l.at(pos).unsure,
+		!exact && near && l.at(basePos).unsure && rest != hadGapBefore && rest != hadGapBehind:
 		p.cursor.pos, p.known = lost, true
 	case exact:
 		p.cursor, p.known = cursor{pos: pos + 1}, true
@@ -696,6 +699,8 @@ func (l *Log) find(id string) place {
 		p.known = true
 	case !validID(id):
 		p.cursor.pos, p.known = lost, true
+	case near && rest == hadGapBehind:
+		p.cursor, p.known = cursor{pos: basePos + 1, fresh: basePos + 2}, true
 	case near:
 		p.cursor, p.known = cursor{pos: basePos + 1}, true
 	case base == "0":
@@ -704,10 +709,13 @@ func (l *Log) find(id string) place {
 	return p
 }
 
-// toldOfGap, behind a dot after an unsure id, says that the reader has had the gap before it, so
-// that it is not told again each time it comes back. As part of a foreign id it is known nowhere,
-// and everywhere its reader goes on after the message.
-const toldOfGap = "aaaaaaaa"
+// Behind a dot after an id, these say which gap its reader has had, so that it is not told again
+// each time it comes back. They look like a foreign line's, which no log holds, so that where there
+// is no such gap the reader just goes on after the message.
+const (
+	hadGapBefore = "aaaaaaaa" // the one before an unsure message
+	hadGapBehind = "bbbbbbbb" // the one behind any announced message
+)
 
 // recent is a newcomer's cursor, before the newest messages. The caller holds mu.
 func (l *Log) recent() cursor {
@@ -744,16 +752,21 @@ func (l *Log) read(c *cursor) (frames []byte, wake <-chan struct{}) {
 	return frames, wake
 }
 
-// before returns the id of the newest message before the cursor, "0" if there is none, and ""
-// if the log has forgotten it.
+// before returns the id of the newest message before the cursor and which gap there was, "0" if
+// there is none, and "" if the log has forgotten it.
 func (l *Log) before(c cursor) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	behindGap := false
 	for pos := c.pos; pos > l.oldest; pos-- {
 		switch e := l.at(pos - 1); {
+		case e.id == "":
+			behindGap = true
+		case behindGap && e.announced():
+			return e.id + "." + hadGapBehind
 		case e.unsure:
-			return e.id + "." + toldOfGap
-		case e.id != "":
+			return e.id + "." + hadGapBefore
+		default:
 			return e.id
 		}
 	}
@@ -841,7 +854,8 @@ func clean(s string, limit int) (text string, cut bool) {
 // hieroglyphs and of a note.
 func invisible(r rune) bool {
 	return unicode.IsSpace(r) || strings.ContainsRune("\u2800\U00013441\U00013442\U0001d159", r) ||
-		unicode.In(r, unicode.Cc, unicode.Cf, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector)
+		unicode.In(r, unicode.Cc, unicode.Cf, unicode.Other_Default_Ignorable_Code_Point,
+			unicode.Variation_Selector)
 }
 
 func blank(s string) bool {
@@ -1047,22 +1061,29 @@ func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(strin
 // appended. To join again is to agree on the key, subscribe, take the list into the log, write it
 // back if it lacks something, and see that what is published comes back.
 func (b *broker) run(ctx context.Context) {
-	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
+	for pause := time.Duration(0); ; {
 		start := time.Now()
 		err := b.stay(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		b.leave(err)
-		if time.Since(start) > 2*redisSilence {
-			pause = minBackoff
-		}
+		pause = nextPause(pause, time.Since(start))
 		select {
 		case <-ctx.Done():
 			return
 		case <-time.After(pause/2 + mathrand.N(pause)):
 		}
 	}
+}
+
+// nextPause is how long to wait after a stay and the pause before it; after a long one, as if it
+// were the first.
+func nextPause(pause, stayed time.Duration) time.Duration {
+	if stayed > 2*redisSilence {
+		return minBackoff
+	}
+	return min(max(2*pause, minBackoff), maxBackoff)
 }
 
 // leave notes why the room is away, and says so once.
@@ -1074,7 +1095,7 @@ func (b *broker) leave(err error) {
 	if was == nil || was == errNotJoined {
 		b.log.leave()
 		hint := ""
-		if was == errNotJoined {
+		if op, ok := errors.AsType[*net.OpError](err); was == errNotJoined && ok && op.Op == "dial" {
 			hint = "; start it, or leave -redis out for a room in memory"
 		}
 		b.logf("redis is away, trying again until it answers: %v%s", err, hint)
@@ -1147,11 +1168,11 @@ func (b *broker) stay(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	head, err := b.subscribe(sub)
-	if err != nil {
+	if err := b.shareKey(pub); err != nil {
 		return err
 	}
-	if err := b.shareKey(pub); err != nil { // when it changes after that, the subscription tells
+	head, err := b.subscribe(sub)
+	if err != nil {
 		return err
 	}
 	probe, err := b.takeList(pub, head)
@@ -1328,8 +1349,9 @@ func (b *broker) writeList(c redis.Conn, probe string) error {
 		_, err = c.Do("UNWATCH")
 		return cmp.Or(err, redis.ErrNil)
 	}
-	older := slices.IndexFunc(list, func(m message) bool { known, _ := b.log.has(m.id); return known })
-	list = append(list[:max(older, 0)], b.log.posted()...)
+	// What stands before the first message that the log knows is older than the log.
+	known := slices.IndexFunc(list, func(m message) bool { known, _ := b.log.has(m.id); return known })
+	list = append(list[:max(known, 0)], b.log.posted()...)
 	c.Send("MULTI")
 	c.Send("DEL", name)
 	for _, m := range list[max(len(list)-ringSize, 0):] {
@@ -1370,7 +1392,7 @@ func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) erro
 			switch m.Channel {
 			case b.channel + ":probe":
 				sender, wroteBack := strings.CutPrefix(string(m.Data), rewritten)
-				if wroteBack && sender != probe && (caughtUp || sender == "") { // "": it was the key
+				if wroteBack && sender != probe && caughtUp {
 					return errForgot
 				}
 				if sender == probe {
@@ -1436,7 +1458,8 @@ func (b *broker) foreignID(raw string) string {
 	}
 }
 
-// serve publishes posts, and probes when nothing was heard for a while, until something breaks.
+// serve publishes posts, looks after the key, and probes when nothing was heard for a while, until
+// something breaks.
 // The first probe to come back makes the room joined.
 func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broken <-chan error) error {
 	tick := time.NewTimer(probeTimeout)
@@ -1456,46 +1479,55 @@ func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broke
 			b.join()
 			tick.Reset(redisSilence)
 		case <-tick.C:
-			silence := time.Since(b.start) - time.Duration(b.heard.Load())
-			switch {
-			case probing && len(echo) == 0:
+			if probing && len(echo) == 0 {
 				return errProbe
-			case probing: // it is back, and is taken next
-			case silence < redisSilence:
-				tick.Reset(redisSilence - silence)
-			default:
-				if err := b.sendProbe(pub, probe); err != nil {
-					return err
-				}
-				probing = true
-				tick.Reset(probeTimeout)
 			}
+			if probing {
+				continue // the probe is back, and is taken next
+			}
+			if err := b.checkKey(pub); err != nil {
+				return err
+			}
+			silence := time.Since(b.start) - time.Duration(b.heard.Load())
+			if silence < redisSilence {
+				tick.Reset(redisSilence - silence)
+				continue
+			}
+			if err := b.sendProbe(pub, probe); err != nil {
+				return err
+			}
+			probing = true
+			tick.Reset(probeTimeout)
 		}
 	}
 }
 
-// sendProbe publishes to the probe channel. It also looks how long the list is and at the key,
-// which shows that Redis forgot them, and writes to the list, which shows a read-only replica or a
-// key of another type.
+// checkKey sees that the key in Redis is still the room's: forgotten, or drawn anew meanwhile, it
+// would divide the sessions.
+func (b *broker) checkKey(c redis.Conn) error {
+	if b.ownKey {
+		return nil
+	}
+	key, err := redis.String(c.Do("GET", b.channel+":key"))
+	if key != b.key && (err == nil || err == redis.ErrNil) {
+		return errForgot
+	}
+	return err
+}
+
+// sendProbe publishes to the probe channel. It also looks how long the list is, which shows that
+// Redis forgot it, and writes to it, which shows a read-only replica or a key of another type.
 func (b *broker) sendProbe(c redis.Conn, probe string) error {
 	held := b.log.size()
 	c.Send("MULTI")
-	b.queueProbe(c, probe)
 	c.Send("LLEN", b.channel+":history")
-	if !b.ownKey {
-		c.Send("GET", b.channel+":key")
-	}
+	b.queueProbe(c, probe)
 	replies, err := results(c.Do("EXEC"))
 	if err != nil {
 		return err
 	}
-	if length, _ := replies[2].(int64); length < int64(held) {
+	if length, _ := replies[0].(int64); length < int64(held) {
 		return errForgot
-	}
-	if !b.ownKey {
-		if key, _ := redis.String(replies[3], nil); key != b.key {
-			return errForgot
-		}
 	}
 	return nil
 }
@@ -2001,7 +2033,7 @@ func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
 // roomURLs lists the addresses at which the room can be opened, the likeliest first.
 func roomURLs(addr net.Addr) []string {
 	tcp := addr.(*net.TCPAddr)
-	urls := []string{tcp.IP.String()}
+	hosts := []string{tcp.IP.String()}
 	if tcp.IP.IsUnspecified() {
 		out := ""
 		// Connecting a UDP socket sends nothing; it asks the kernel for a route.
@@ -2009,12 +2041,12 @@ func roomURLs(addr net.Addr) []string {
 			out, _, _ = net.SplitHostPort(c.LocalAddr().String())
 			c.Close()
 		}
-		urls = append([]string{"localhost"}, likeliest(ownAddresses(), out, tcp.IP.To4() == nil)...)
+		hosts = append([]string{"localhost"}, likeliest(ownAddresses(), out, tcp.IP.To4() == nil)...)
 	}
-	for i, host := range urls {
-		urls[i] = "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
+	for i, host := range hosts {
+		hosts[i] = "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
 	}
-	return urls
+	return hosts
 }
 
 // An ownAddress is an address of this machine.
@@ -2029,11 +2061,12 @@ func ownAddresses() (own []ownAddress) {
 	links, _ := net.Interfaces()
 	for _, link := range links {
 		addrs, _ := link.Addrs()
-		_, noBridge := os.Stat("/sys/class/net/" + link.Name + "/bridge")
+		_, err := os.Stat("/sys/class/net/" + link.Name + "/bridge")
+		bridge := err == nil
 		for _, a := range addrs {
 			prefix, err := netip.ParsePrefix(a.String())
 			if err == nil && link.Flags&net.FlagRunning != 0 && !prefix.Addr().IsLoopback() {
-				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, noBridge == nil})
+				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, bridge})
 			}
 		}
 	}
@@ -2353,13 +2386,15 @@ func (st *stream) run() {
 		return
 	}
 	st.head, st.from = nil, "" // the rest of the stream's life may be long
-	sent, greeted := 0, false  // bytes of messages; the ping after the backlog
+	sent, greeted := 0, false  // bytes of messages; the ping after the backlog or a gap
 	for {
 		frames, wake := st.log.read(&st.at)
 		if len(frames) > 0 && !st.write(frames) {
 			return
 		}
-		if !bytes.Equal(frames, gapFrame) {
+		if bytes.Equal(frames, gapFrame) {
+			greeted = false // the next ping says that the reader has had it
+		} else {
 			sent += len(frames)
 		}
 		if st.poll && st.over(sent, wake != nil) {
@@ -2386,8 +2421,8 @@ func (st *stream) run() {
 	}
 }
 
-// over tells whether a poll has brought what it is for: what there was when it began, or if it is
-// a long one any message. Neither goes on for ever in a room that is faster than its reader.
+// over tells whether a poll has brought what it is for: what there was when it found its place,
+// or if it is a long one any message. Neither goes on for ever in a room that is faster than its reader.
 func (st *stream) over(sent int, upToDate bool) bool {
 	if st.wait == 0 {
 		return st.at.pos >= st.end
@@ -2395,7 +2430,8 @@ func (st *stream) over(sent int, upToDate bool) bool {
 	return sent > 0 && upToDate || sent >= maxPoll
 }
 
-// ping tells the reader that it is up to date, and as of which message.
+// ping tells the reader as of which message it is up to date or, when a poll ends early, which one
+// was its last.
 func (st *stream) ping() bool { return st.write(pingAt(st.log.before(st.at))) }
 
 // settle finds the reader's place. An id that is not known may be on its way from Redis, so the

@@ -1038,29 +1038,53 @@ func TestLogIsUnsureBehindAGap(t *testing.T) {
 	}
 }
 
-// A reader that has had the gap before an unsure message is not told of it each time it comes
-// back, on any process; one that comes from elsewhere with a line after that message is.
+// A reader that has had a gap is not told of it each time it comes back, on any process; one that
+// comes from elsewhere, or had another gap, is.
 func TestLogTellsAGapOnce(t *testing.T) {
-	l := newTestLog(t, 2, numbered(0, 2))
-	l.merge(append(numbered(0, 1), numbered(5, 1)...), 2)
-	told := l.before(cursor{pos: l.next})
-	elsewhere := newTestLog(t, 2, numbered(5, 2))
+	unsure := newTestLog(t, 2, numbered(0, 2)) // 0, 1, gap, 5
+	unsure.merge(append(numbered(0, 1), numbered(5, 1)...), 2)
+	before := unsure.before(cursor{pos: unsure.next})
+	last := newTestLog(t, 2, numbered(0, 2)) // 0, 1, gap
+	last.merge(numbered(0, 1), 1)
+	behind := last.before(cursor{pos: last.next})
+	both := newTestLog(t, 2, numbered(0, 2)) // 0, 1, gap, 5, gap
+	both.merge(append(numbered(0, 1), numbered(5, 1)...), 2)
+	both.merge(numbered(0, 2), 2)
+	elsewhere := newTestLog(t, 2, numbered(0, 2), numbered(5, 2)) // without a gap
+	again := []string{"gap", "line 1", "line 5"}
 	for _, c := range []struct {
 		name string
 		log  *Log
 		id   string
 		want []string
 	}{
-		{"with the ping's id", l, told, nil},
-		{"with the ping's id, elsewhere", elsewhere, told, []string{"line 6"}},
-		{"with the message's id", l, testID(5), []string{"gap", "line 1", "line 5"}},
-		{"with a foreign line after it", l, testID(5) + ".foreigna", []string{"gap", "line 1", "line 5"}},
+		{"the gap before, with the ping's id", unsure, before, nil},
+		{"the gap before, elsewhere", elsewhere, before, []string{"line 6"}},
+		{"the gap before, with the message's id", unsure, testID(5), again},
+		{"the gap before, with a foreign line after it", unsure, testID(5) + ".foreigna", again},
+		{"the gap before, and one behind", both, before, []string{"gap"}},
+		{"both gaps", both, both.before(cursor{pos: both.next}), nil},
+		{"the gap behind, with the ping's id", last, behind, nil},
+		{"the gap behind, elsewhere", elsewhere, behind, []string{"line 5", "line 6"}},
+		{"the gap behind, with the message's id", last, testID(1), []string{"gap"}},
 	} {
 		p := c.log.find(c.id)
 		if got := drain(c.log, &p.cursor); !p.known || !slices.Equal(got, c.want) {
 			t.Errorf("%s: got %q, known %v, want %q", c.name, got, p.known, c.want)
 		}
 	}
+}
+
+// A reader that is told of a gap while it listens learns with the next ping that it has been told.
+func TestPingAfterAGap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newTestLog(t, 2, numbered(0, 2))
+		time.AfterFunc(time.Second, func() { l.merge(append(numbered(0, 1), numbered(5, 1)...), 2) })
+		want := []string{"0s line 0", "0s line 1", "0s ping", "1s gap", "1s line 5", "1s ping"}
+		if got := watch(t, &stream{log: l}, 2*time.Second); !slices.Equal(got, want) {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	})
 }
 
 // A full list has no room for what is older, so it does not lack it.
@@ -1816,26 +1840,16 @@ func TestManyPostsWaitForRedis(t *testing.T) {
 	}
 }
 
-// A room that was joined for long tries again soon when Redis goes, however long it had to wait
-// the last time: its third attempt comes after about a second at most. With the pauses of before,
-// which had grown to maxBackoff, it would take three seconds at least.
-func TestSoonAfterALongStay(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes 15 s")
+// The pauses double up to maxBackoff, and begin anew after a long stay.
+func TestNextPause(t *testing.T) {
+	var pauses []time.Duration
+	pause := time.Duration(0)
+	for _, stayed := range []time.Duration{0, 0, 0, 0, 0, 0, 0, redisSilence, time.Minute, 0} {
+		pause = nextPause(pause, stayed)
+		pauses = append(pauses, pause/time.Millisecond)
 	}
-	t.Parallel()
-	line := newRelay(t, startRedis(t).addr)
-	line.cut()
-	room := startRoom(t, "-redis", line.addr)
-	line.comes(2 * 6) // of two connections each: the next pause is the longest
-	line.mend()
-	room.joined()
-	time.Sleep(2*redisSilence + time.Second) // what makes a stay a long one
-	line.cut()
-	start := time.Now()
-	line.comes(2 * 3)
-	if took := time.Since(start); took > 3*maxBackoff/2 {
-		t.Errorf("the third attempt came after %v, want it well within %v", took, 3*maxBackoff/2)
+	if want := []time.Duration{100, 200, 400, 800, 1600, 2000, 2000, 2000, 100, 200}; !slices.Equal(pauses, want) {
+		t.Errorf("the pauses are %d ms, want %d", pauses, want)
 	}
 }
 
@@ -1879,14 +1893,25 @@ func TestForgottenWhileQuiet(t *testing.T) {
 	eventually(t, "the list to be back", func() bool { return len(redis.history()) == 3 })
 }
 
-// The key alone may be forgotten too, such as by a Redis that has to make room.
-func TestKeyForgottenWhileQuiet(t *testing.T) {
+// The key alone may be forgotten too, such as by a Redis that has to make room. It comes back
+// whether the room is busy or quiet, and soon enough for who starts meanwhile and draws another.
+func TestKeyForgotten(t *testing.T) {
 	t.Parallel()
-	redis := startRedis(t)
-	redis.room().joined()
-	key := fmt.Sprint(redis.do("GET", "chat:key"))
-	redis.do("DEL", "chat:key")
-	eventually(t, "the key to be back", func() bool { return fmt.Sprint(redis.do("GET", "chat:key")) == key })
+	if keyGrace < redisSilence+probeTimeout {
+		t.Errorf("keyGrace is %v, less than it takes to notice", keyGrace)
+	}
+	for _, busy := range []bool{false, true} {
+		redis := startRedis(t)
+		redis.room().joined()
+		key := fmt.Sprint(redis.do("GET", "chat:key"))
+		redis.do("DEL", "chat:key")
+		eventually(t, "the key to be back", func() bool {
+			if busy {
+				redis.do("PUBLISH", "chat", "no silence")
+			}
+			return fmt.Sprint(redis.do("GET", "chat:key")) == key
+		})
+	}
 }
 
 // TestKeyWhileJoining has the key put back by a process that knows it at two moments of the
@@ -1908,7 +1933,6 @@ func TestKeyWhileJoining(t *testing.T) {
 		early.login("early")
 		line.release()
 		eventually(t, "the sessions of one to hold at the other", func() bool {
-			redis.do("PUBLISH", "chat", "no silence, so no probe")
 			return early.at(two.url).get("/").status == http.StatusOK
 		})
 	}
@@ -2694,6 +2718,9 @@ func halfPost(t testing.TB, url, body string) (net.Conn, *bufio.Reader) {
 
 // TestSecondSignal: who does not want to wait for the end signals again.
 func TestSecondSignal(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("Windows has no signals")
+	}
 	t.Parallel()
 	p := startProcess(t)
 	halfPost(t, p.url, "message=x") // holds the shutdown up for stopTimeout
@@ -4435,6 +4462,9 @@ func TestRedisNotYet(t *testing.T) {
 			}
 			line.comes(2 * 3) // for three attempts, of two connections at most, that must not be logged
 			room.changed("away")
+			if strings.Contains(room.log.String(), "start it") {
+				t.Errorf("Redis answers, and the log says %q", room.log.String())
+			}
 			if strings.Contains(room.log.String()+room.out.String()+c.get("/healthz").body, "geheim") {
 				t.Errorf("the password is told: %s", room.log.String())
 			}

@@ -381,7 +381,7 @@ const outbox = [];
 const delivered = [];
 let posting = false;
 let pauseTimer = 0, tries = 0;      // after an answer that was none
-let lostAt = 0;                     // when a gap came: of letters tried before, no event may come
+let lostAt = 0;                     // when a gap came: the events of letters tried before it may be lost
 
 /** Draft and outbox live in this tab's storage, under the name they were written with. */
 function save() {
@@ -491,7 +491,7 @@ function judge(letter, code, seconds) {
 function sent(letter) {
   tries = 0;
   if (outbox.includes(letter)) mark(letter, 'sent');
-  if (lostAt >= (letter.tried ?? 0)) deliverSent();
+  deliverSent();
   return 0;
 }
 
@@ -534,10 +534,10 @@ function lose() {
   deliverSent();
 }
 
-/** Shows the letters that are in the room, as if their events had come. */
+/** Shows the letters that are in the room and were tried before the gap, as if their events had come. */
 function deliverSent() {
   const time = new Date().toTimeString().slice(0, 8);
-  for (const { id, text } of outbox.filter((m) => m.state === 'sent')) {
+  for (const { id, text } of outbox.filter((m) => m.state === 'sent' && (m.tried ?? Infinity) <= lostAt)) {
     arrive({ type: 'message', id, text: `[${time}] ${me}: ${text}` });
   }
 }
