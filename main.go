@@ -55,9 +55,9 @@ A message on the stream is
 
 with a data line for each line of the text, and the time of the process. An answer begins with
 retry:, the milliseconds after which to come back. Three more events have a name and empty data:
-ping (up to date, with the id as of which; then again, without it, after 15 s of silence), wait
-(the id you came with is not known here yet; until it is, a ping only shows that the connection
-lives) and gap (what follows does not join what you had).
+ping (up to date, with the id as of which; again after a gap, and without the id after 15 s of
+silence), wait (the id you came with is not known here yet; until it is, a ping only shows that
+the connection lives) and gap (what follows does not join what you had).
 
 # Redis
 

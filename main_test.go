@@ -5973,16 +5973,23 @@ func nginxAt(t testing.TB, block, addr, how, upstream string) {
 	})
 }
 
-// startNginx runs nginx in a folder of its own, with these servers.
+// startNginx runs nginx with these servers.
 func startNginx(t testing.TB, servers string) {
 	t.Helper()
-	nginx, dir := need(t, "nginx", "apt-get install nginx-light"), t.TempDir()
-	conf := "daemon off; master_process off; pid nginx.pid; events {}\nhttp {\naccess_log off;\n"
+	start(t, nginx(t, "", servers))
+}
+
+// nginx is the command that runs nginx in a folder of its own, with a module and these servers.
+func nginx(t testing.TB, module, servers string) *exec.Cmd {
+	t.Helper()
+	program, dir := need(t, "nginx", "apt-get install nginx-light"), t.TempDir()
+	conf := module + "daemon off; master_process off; pid nginx.pid; events { worker_connections 8192; }\n" +
+		"http {\naccess_log off;\n"
 	for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
 		conf += kind + "_temp_path " + filepath.Join(dir, kind) + ";\n"
 	}
 	file := writeFile(t, filepath.Join(dir, "nginx.conf"), conf+servers+"}\n")
-	start(t, exec.Command(nginx, "-e", "stderr", "-p", dir, "-c", file))
+	return exec.Command(program, "-e", "stderr", "-p", dir, "-c", file)
 }
 
 // TestBehindNginx runs the room behind the configuration that README recommends.
@@ -8856,36 +8863,23 @@ func startNchan(b *testing.B) (addr string, pid int) {
 		need(b, module, "apt-get install libnginx-mod-nchan")
 	}
 	addr = "127.0.0.1:" + freePort(b)
-	dir := b.TempDir()
-	conf := "load_module " + module + ";\ndaemon off;\nmaster_process off;\npid " + dir + "/pid;\n" +
-		"events { worker_connections 8192; }\nhttp {\naccess_log off;\n"
-	for _, name := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
-		conf += name + "_temp_path " + filepath.Join(dir, name) + ";\n"
-	}
-	conf += "server {\nlisten " + addr + " backlog=4096;\nnchan_channel_id room;\nnchan_message_buffer_length 10000;\n" +
-		"location /stream { nchan_subscriber eventsource; nchan_subscriber_first_message newest; }\n" +
-		"location /post { nchan_publisher; }\n}\n}\n"
-	return addr, startPinned(b, addr, need(b, "nginx", "apt-get install nginx-light"), "-e", "stderr", "-p", dir,
-		"-c", writeFile(b, filepath.Join(dir, "nginx.conf"), conf))
+	return addr, startPinned(b, addr, nginx(b, "load_module "+module+";\n", "server {\nlisten "+addr+" backlog=4096;\n"+
+		"nchan_channel_id room;\nnchan_message_buffer_length 10000;\n"+
+		"location /stream { nchan_subscriber eventsource; nchan_subscriber_first_message newest; }\n"+
+		"location /post { nchan_publisher; }\n}\n"))
 }
 
 func startLoop(b *testing.B) (addr string, pid int) {
 	b.Setenv("CHAT_TEST_LOOP", "127.0.0.1:"+freePort(b))
-	return os.Getenv("CHAT_TEST_LOOP"), startPinned(b, os.Getenv("CHAT_TEST_LOOP"), os.Args[0])
+	return os.Getenv("CHAT_TEST_LOOP"), startPinned(b, os.Getenv("CHAT_TEST_LOOP"), exec.Command(os.Args[0]))
 }
 
 // startPinned starts a server and waits until it listens.
-func startPinned(b *testing.B, addr string, command ...string) (pid int) {
-	command = pinned(command...)
-	cmd := exec.Command(command[0], command[1:]...)
-	if err := cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	eventually(b, command[0]+" to listen", func() bool {
+func startPinned(b *testing.B, addr string, cmd *exec.Cmd) (pid int) {
+	command := pinned(cmd.Args...)
+	cmd = exec.Command(command[0], command[1:]...)
+	start(b, cmd)
+	eventually(b, addr+" to be listened at", func() bool {
 		conn, err := net.Dial("tcp", addr)
 		if err == nil {
 			conn.Close()
