@@ -158,6 +158,7 @@ class Way {
     const last = this.requests.at(-1);
     if (last && !last.exact) last.bytes += frameBytes(e, last.pinged);
     if (last && e.type === 'ping') last.pinged = true;
+    if (last && e.type === 'gap') last.pinged = false;
     if (e.type === 'message') this.arrive(e, last);
     this.cursor = e.lastEventId || this.cursor;
     this.heard = now();
@@ -194,8 +195,8 @@ class Way {
   }
 }
 
-/** The bytes of an event on the wire, as the server writes it. Only the first ping of an answer,
- *  and messages, come with their id. @param {MessageEvent} e @param {boolean} pinged */
+/** The bytes of an event on the wire, as the server writes it. Messages come with their id, and the
+ *  first ping of an answer or after a gap. @param {MessageEvent} e @param {boolean} pinged */
 function frameBytes(e, pinged) {
   const named = e.type === 'message' ? '' : `event: ${e.type}\n`;
   const id = e.type === 'message' || (e.type === 'ping' && !pinged) ? `id: ${e.lastEventId}\n` : '';
