@@ -412,21 +412,22 @@ type Log struct {
 	history int           // messages a newcomer gets
 	grace   time.Duration // how long an unknown id may be on its way; 0 in memory
 
-	mu     sync.Mutex           // guards all below, and the pages' ends; what is in a page stays
-	ring   []entry              // the entry at position p is ring[p%ringSize]
-	oldest uint64               // position of the oldest entry held
-	next   uint64               // position of the next entry
-	index  map[string]uint64    // id of each message held → its position
-	newest string               // id of the newest announced message, or "0"; outlives the ring
-	count  int                  // announced messages held
-	page   *page                // where the next frame goes
-	wake   chan struct{}        // closed and replaced at each message, join, heartbeat, and the end
-	beat   *time.Timer          // wakes everybody after silence
-	asked  map[string]time.Time // unknown id → when a poll first asked for it
-	since  time.Time            // when asked was last begun anew
-	joined time.Time            // since when messages flow; zero while Redis is away
-	begun  bool                 // it was joined once, so its history is the room's
+	mu     sync.Mutex        // guards all below, and the pages' ends; what is in a page stays
+	ring   []entry           // the entry at position p is ring[p%ringSize]
+	oldest uint64            // position of the oldest entry held
+	next   uint64            // position of the next entry
+	index  map[string]uint64 // id of each message held → its position
+	newest string            // id of the newest announced message, or "0"; outlives the ring
+	count  int               // announced messages held
+	page   *page             // where the next frame goes
+	wake   chan struct{}     // closed and replaced at each message, join, heartbeat, and the end
+	beat   *time.Timer       // wakes everybody after silence
+	joined time.Time         // since when messages flow; zero while Redis is away
+	begun  bool              // it was joined once, so its history is the room's
 	closed bool
+
+	asked      map[string]time.Time // unknown id → when a poll first asked for it
+	askedSince time.Time            // when asked was last begun anew
 }
 
 // An entry is a message, or a gap if it has no id.
@@ -454,7 +455,7 @@ type page struct {
 // A cursor is the place of one reader.
 type cursor struct {
 	pos   uint64 // position to read next
-	fresh uint64 // gaps before this position are none to this reader: it came later
+	fresh uint64 // gaps before this position are none to this reader: it came later, or was told
 }
 
 // lost is the position of a reader whose place is not in the log.
@@ -645,8 +646,8 @@ func (l *Log) has(id string) (known bool, wake <-chan struct{}) {
 func (l *Log) firstAsked(id string) time.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if time.Since(l.since) > maxWait {
-		l.asked, l.since = map[string]time.Time{}, time.Now()
+	if time.Since(l.askedSince) > maxWait {
+		l.asked, l.askedSince = map[string]time.Time{}, time.Now()
 	}
 	if _, again := l.asked[id]; !again && len(l.asked) < maxAsked {
 		l.asked[id] = time.Now()
@@ -710,8 +711,9 @@ func (l *Log) find(id string) place {
 }
 
 // Behind a dot after an id, these say which gap its reader has had, so that it is not told again
-// each time it comes back. They look like a foreign line's, which no log holds, so that where there
-// is no such gap the reader just goes on after the message.
+// each time it comes back. They look like a foreign line's id, which no log holds, so that where
+// there is no such gap the reader just goes on after the message. (A gap behind a foreign line is
+// told again: its id has no room for more.)
 const (
 	hadGapBefore = "aaaaaaaa" // the one before an unsure message
 	hadGapBehind = "bbbbbbbb" // the one behind any announced message
@@ -1349,9 +1351,9 @@ func (b *broker) writeList(c redis.Conn, probe string) error {
 		_, err = c.Do("UNWATCH")
 		return cmp.Or(err, redis.ErrNil)
 	}
-	// What stands before the first message that the log knows is older than the log.
-	known := slices.IndexFunc(list, func(m message) bool { known, _ := b.log.has(m.id); return known })
-	list = append(list[:max(known, 0)], b.log.posted()...)
+	// So many stand before the first message that the log knows: they are older than the log.
+	older := slices.IndexFunc(list, func(m message) bool { known, _ := b.log.has(m.id); return known })
+	list = append(list[:max(older, 0)], b.log.posted()...)
 	c.Send("MULTI")
 	c.Send("DEL", name)
 	for _, m := range list[max(len(list)-ringSize, 0):] {
@@ -1459,8 +1461,7 @@ func (b *broker) foreignID(raw string) string {
 }
 
 // serve publishes posts, looks after the key, and probes when nothing was heard for a while, until
-// something breaks.
-// The first probe to come back makes the room joined.
+// something breaks. The first probe to come back makes the room joined.
 func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broken <-chan error) error {
 	tick := time.NewTimer(probeTimeout)
 	defer tick.Stop()
@@ -2422,7 +2423,8 @@ func (st *stream) run() {
 }
 
 // over tells whether a poll has brought what it is for: what there was when it found its place,
-// or if it is a long one any message. Neither goes on for ever in a room that is faster than its reader.
+// or if it is a long one any message. Neither goes on for ever in a room that is faster than its
+// reader.
 func (st *stream) over(sent int, upToDate bool) bool {
 	if st.wait == 0 {
 		return st.at.pos >= st.end

@@ -1914,8 +1914,63 @@ func TestKeyForgotten(t *testing.T) {
 	}
 }
 
-// TestKeyWhileJoining has the key put back by a process that knows it at two moments of the
-// joining of another, which has drawn one or is about to.
+// With a key of its own a room neither looks for one in Redis nor minds what is there.
+func TestOwnKeyStaysOutOfRedis(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 5 s")
+	}
+	t.Parallel()
+	for _, found := range []string{"", "another"} {
+		redis := startRedis(t)
+		if found != "" {
+			redis.do("SET", "chat:key", found)
+		}
+		probes := redis.listen("chat:probe")
+		room := redis.room("CHAT_KEY=geheim").joined()
+		<-probes // of joining
+		select {
+		case <-probes: // before this one it would have looked
+		case <-time.After(patience):
+			t.Fatalf("no probe within %v", patience)
+		}
+		if got, _ := redis.do("GET", "chat:key").([]byte); string(got) != found {
+			t.Errorf("chat:key is %q, want %q", got, found)
+		}
+		room.changed("joined")
+	}
+}
+
+// Right after a key was drawn a cookie of another one may yet turn out to be good, so that nobody
+// is sent to log in for it; one that names the room's key and does not verify never will.
+func TestCookieOfAnotherKey(t *testing.T) {
+	s := newTestServer(t, t.Logf)
+	now := time.Now()
+	sess := session{id: "a", name: "小明", expires: now.Add(time.Hour)}
+	other := newSigner("another key", "", now).sign(sess)
+	for _, c := range []struct {
+		name, cookie string
+		sure         time.Time
+		want         int
+	}{
+		{"another key's, just after the key was drawn", other, now.Add(time.Minute), 503},
+		{"another key's, later", other, now, 401},
+		{"a forged one, just after", newSigner("key", "", now).sign(sess) + "x", now.Add(time.Minute), 401},
+	} {
+		s.signer.Store(newSigner("key", "", c.sure))
+		r := httptest.NewRequest("POST", "/post", strings.NewReader("message=x"))
+		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		r.Header.Set("Cookie", cookieName+"="+c.cookie)
+		w := httptest.NewRecorder()
+		s.ServeHTTP(w, r)
+		if w.Code != c.want {
+			t.Errorf("%s: got %d, want %d", c.name, w.Code, c.want)
+		}
+	}
+}
+
+// TestKeyWhileJoining has the key put back by a process that knows it, while another that has drawn
+// one is held up: before it subscribes, so that it does not hear of that, and before it has the
+// list, when it does not listen to that.
 func TestKeyWhileJoining(t *testing.T) {
 	t.Parallel()
 	for _, word := range []string{"SUBSCRIBE", "\r\n0\r\n$2\r\n-1\r\n"} { // the latter reads the list
@@ -2002,6 +2057,27 @@ func TestLogThatNobodyReads(t *testing.T) {
 	eventually(t, "the room to say that Redis is away", answered)
 	if !answered() {
 		t.Error("the process is gone")
+	}
+}
+
+// A list that is written back has no more than the newest, even if what is older than the log
+// would come on top.
+func TestListThatIsWrittenIsBounded(t *testing.T) {
+	t.Parallel()
+	redis := startRedis(t)
+	redis.do("EVAL", `for i = 1, 4096 do
+		redis.call("RPUSH", KEYS[1], string.format("drawn-by-the-test-%04d [12:00:00] x: %d", i, i))
+	end`, 1, "chat:history")
+	redis.room().joined()
+	newest := redis.do("RPOP", "chat:history")
+	redis.do("LPUSH", "chat:history", "older-than-the-log [11:00:00] x: 0")
+	redis.do("CLIENT", "KILL", "TYPE", "pubsub")
+	eventually(t, "the list to be written", func() bool {
+		list := redis.history()
+		return list[len(list)-1] == string(newest.([]byte))
+	})
+	if got := redis.history(); len(got) != ringSize || strings.HasPrefix(got[0], "older") {
+		t.Errorf("it has %d messages, %q first, want the newest %d", len(got), got[0], ringSize)
 	}
 }
 
@@ -5793,6 +5869,29 @@ func TestComingAndGoing(t *testing.T) {
 		t.Errorf("%d goroutines are left, want about 3", n)
 	}
 	t.Logf("%d KB after %d readers, %d KB after as many more", memory[0], readers, memory[1])
+}
+
+// Who is one connection too many is told, and let go.
+func TestOneConnectionTooMany(t *testing.T) {
+	s := newTestServer(t, t.Logf)
+	s.maxConns = 0
+	here, _ := net.Pipe()
+	defer here.Close()
+	w := httptest.NewRecorder()
+	s.ServeHTTP(w, httptest.NewRequestWithContext(s.opened(t.Context(), here), "GET", "/healthz", nil))
+	if h := w.Header(); w.Code != 503 || h.Get("Retry-After") == "" || h.Get("Connection") != "close" {
+		t.Errorf("got %d with %v, want 503, when to come back, and an end of the connection", w.Code, h)
+	}
+}
+
+// Connections that ask for nothing can fill a room too, and the log tells.
+func TestFullOfIdleConnections(t *testing.T) {
+	t.Parallel()
+	p := startLimited(t, "ulimit -n 120")
+	eventually(t, "the log to say that it is full", func() bool {
+		dial(t, p.url)
+		return strings.Contains(p.log.String(), " full: ")
+	})
 }
 
 // TestFewDescriptors fills a process that may open 120 files. It must say so, keep some for
