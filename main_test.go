@@ -7843,6 +7843,26 @@ func TestLessonCounts(t *testing.T) {
 	b.checks(check{"read entries are thrown away", "performance.getEntriesByType('resource').length < 3"})
 }
 
+// The ping after a gap comes with its id, and the lesson counts that too.
+func TestLessonCountsAGap(t *testing.T) {
+	t.Parallel()
+	redis := startRedis(t)
+	room := redis.room()
+	person := newClient(t, room.url)
+	person.postKey(lessonKey(0), "before the lesson")
+	b := openLesson(t, strings.Replace(room.url, "127.0.0.1", "chat.test", 1))
+	twin := &counter{}
+	twin.open(t, person, "/stream?after="+lessonKey(0))
+	redis.do("RPOP", "chat:history")
+	redis.do("RPUSH", "chat:history", lessonKey(1)+" [12:00:00] 小明: elsewhere")
+	redis.do("CLIENT", "KILL", "TYPE", "pubsub")
+	b.wait("what comes after the gap", "num('sse', 'messages') === 1")
+	eventually(t, "SSE to have received as many bytes as we", func() bool {
+		head, body := twin.read()
+		return js[int](b, "return num('sse', 'bytes')") == head+body && body > len(gapFrame)+len(pingAt(lessonKey(1)))
+	})
+}
+
 // A counter counts the bytes of an answer as they come, its header and its body.
 type counter struct {
 	mu         sync.Mutex
