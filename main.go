@@ -1818,18 +1818,22 @@ func (s *server) routes() *http.ServeMux {
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	h := w.Header()
+	if r.Context().Value(busy{}) != nil {
+		w.Header().Set("Connection", "close")
+		unavailable(w, "too many connections")
+		return
+	}
+	s.mux.ServeHTTP(w, r)
+}
+
+// protect bounds what a page, or a worker's script, may load and tell others. Other answers go
+// without: the 204 of a post would hold little else.
+func protect(h http.Header) {
 	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "+
 		"connect-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "+
 		"require-trusted-types-for 'script'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Referrer-Policy", "same-origin") // with no-referrer a form's Origin would be null
-	if r.Context().Value(busy{}) != nil {
-		h.Set("Connection", "close")
-		unavailable(w, "too many connections")
-		return
-	}
-	s.mux.ServeHTTP(w, r)
 }
 
 // unavailable answers 503, with a time to come back at which not everybody does.
@@ -1985,6 +1989,7 @@ func (s *server) show(w http.ResponseWriter, r *http.Request, status int, page s
 		http.Error(w, "this page is broken", http.StatusInternalServerError)
 		return
 	}
+	protect(w.Header())
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Language", v.Lang)
 	w.Header().Set("Cache-Control", "no-store")
@@ -2272,6 +2277,7 @@ func (s *server) asset(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
+	protect(w.Header())
 	w.Header().Set("Content-Type", f.kind)
 	w.Header().Set("ETag", f.etag)
 	w.Header().Set("Cache-Control", "no-cache")
@@ -2291,6 +2297,7 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 	}
 	h := w.Header()
 	h.Set("Content-Type", "text/event-stream")
+	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store, no-transform")
 	h.Set("X-Accel-Buffering", "no") // nginx holds answers back otherwise
 	if r.Method == http.MethodHead {

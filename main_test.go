@@ -2231,28 +2231,19 @@ func TestPages(t *testing.T) {
 	c := newClient(t, startRoom(t).url).login("小明")
 	for _, page := range []string{"/", "/login", "/lesson"} {
 		got := c.get(page)
-		for name, want := range map[string]string{
-			"Content-Type":           "text/html; charset=utf-8",
-			"X-Content-Type-Options": "nosniff",
-			"Referrer-Policy":        "same-origin",
-		} {
-			if got := got.header.Get(name); !strings.EqualFold(got, want) {
-				t.Errorf("GET %s: %s is %q, want %q", page, name, got, want)
-			}
+		if kind := got.header.Get("Content-Type"); kind != "text/html; charset=utf-8" {
+			t.Errorf("GET %s: Content-Type is %q, want text/html; charset=utf-8", page, kind)
 		}
-		policy := got.header.Get("Content-Security-Policy")
-		for _, want := range []string{"default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'",
-			"form-action 'self'", "base-uri 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'"} {
-			if !strings.Contains(policy, want) {
-				t.Errorf("GET %s: the policy %q lacks %q", page, policy, want)
-			}
-		}
+		checkProtected(t, page, got)
 		for _, found := range linked.FindAllStringSubmatch(got.body, -1) {
-			if linked := c.get(found[1]); linked.status != 200 {
+			linked := c.get(found[1])
+			if linked.status != 200 {
 				t.Errorf("GET %s leads to %s, which is %d", page, found[1], linked.status)
 			}
+			checkProtected(t, found[1], linked)
 		}
 	}
+	checkProtected(t, "/assets/stream.js", c.get("/assets/stream.js")) // a worker obeys its own script's
 	asset := assetOf(c)
 	etag := c.get(asset).header.Get("ETag")
 	if got := c.get(asset, "If-None-Match: "+etag); etag == "" || got.status != 304 || got.body != "" {
@@ -2260,6 +2251,24 @@ func TestPages(t *testing.T) {
 	}
 	if got := c.get(asset, `If-None-Match: "other"`); got.status != 200 || got.body == "" {
 		t.Errorf("GET %s with another ETag: got %d and %d bytes, want it", asset, got.status, len(got.body))
+	}
+}
+
+// checkProtected sees that an answer bounds what a browser does with it.
+func checkProtected(t *testing.T, path string, got response) {
+	t.Helper()
+	for name, want := range map[string]string{"X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin"} {
+		if got := got.header.Get(name); got != want {
+			t.Errorf("GET %s: %s is %q, want %q", path, name, got, want)
+		}
+	}
+	policy := got.header.Get("Content-Security-Policy")
+	for _, want := range []string{"default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self'",
+		"connect-src 'self'", "worker-src 'self'", "form-action 'self'", "base-uri 'none'", "frame-ancestors 'none'",
+		"require-trusted-types-for 'script'"} {
+		if !strings.Contains(policy, want) {
+			t.Errorf("GET %s: the policy %q lacks %q", path, policy, want)
+		}
 	}
 }
 
@@ -2543,9 +2552,10 @@ func TestMessageFrame(t *testing.T) {
 		t.Errorf("the answer starts with %.20q, want retry", got.body)
 	}
 	for name, want := range map[string]string{
-		"Content-Type":      "text/event-stream",
-		"Cache-Control":     "no-store, no-transform",
-		"X-Accel-Buffering": "no",
+		"Content-Type":           "text/event-stream",
+		"X-Content-Type-Options": "nosniff",
+		"Cache-Control":          "no-store, no-transform",
+		"X-Accel-Buffering":      "no",
 	} {
 		if live := c.stream("", "").header.Get(name); got.header.Get(name) != want || live != want {
 			t.Errorf("%s: got %q polling and %q streaming, want %q", name, got.header.Get(name), live, want)
