@@ -832,6 +832,7 @@ func validID(s string) bool {
 // writing direction are dropped. Of more than limit characters, cut is true and the rest gone.
 func clean(s string, limit int) (text string, cut bool) {
 	var b strings.Builder
+	b.Grow(min(len(s), limit*utf8.UTFMax))
 	n := 0
 	for i, r := range s {
 		switch {
@@ -1201,14 +1202,25 @@ func (b *broker) dial(ctx context.Context) (redis.Conn, error) {
 		if err == nil {
 			context.AfterFunc(ctx, func() { c.Close() })
 		}
-		return c, err
+		return timelyConn{c}, err
 	}
-	c, err := redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial), redis.DialReadTimeout(redisTimeout),
-		redis.DialWriteTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
+	c, err := redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial),
+		redis.DialReadTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
 	if why, _, echo := strings.Cut(fmt.Sprint(err), ", with args"); echo {
 		err = errors.New(why) // a server that does not know AUTH repeats the password
 	}
 	return c, err
+}
+
+// A timelyConn gives each write redisTimeout. Redigo's own option sets the deadline anew for each
+// command of a batch, and setting one is dear.
+type timelyConn struct{ net.Conn }
+
+func (c timelyConn) Write(b []byte) (int, error) {
+	if err := c.SetWriteDeadline(time.Now().Add(redisTimeout)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(b)
 }
 
 // shareKey agrees with the other processes on the key of the cookies: the first one draws it,
@@ -1571,43 +1583,31 @@ func (b *broker) send(c redis.Conn, batch []*post) (err error) {
 		c.Send("PUBLISH", b.channel, line)
 		c.Send("EXEC")
 	}
-	if err = c.Flush(); err != nil {
+	replies, err := redis.Values(c.Do("")) // all that are due, under one deadline
+	if err != nil {
 		return err
 	}
 	forgot := false
 	for len(batch) > 0 {
-		replies, err := receiveExec(c)
+		// To MULTI and what was queued; an error here says more than EXEC's, which is that the
+		// transaction was discarded.
+		if _, err = results(replies[:5], nil); err != nil {
+			return err
+		}
+		executed, err := results(replies[5], nil)
 		if err != nil {
 			return err
 		}
-		if length, _ := replies[0].(int64); length <= int64(held) {
+		if length, _ := executed[0].(int64); length <= int64(held) {
 			forgot = true
 		}
 		batch[0].done <- nil
-		batch = batch[1:]
+		batch, replies = batch[1:], replies[6:]
 	}
 	if forgot {
 		return errForgot
 	}
 	return nil
-}
-
-// receiveExec receives the replies to MULTI, four queued commands and EXEC.
-func receiveExec(c redis.Conn) ([]any, error) {
-	var first error
-	for range 5 {
-		if _, err := c.Receive(); err != nil && first == nil {
-			first = err
-		}
-		if c.Err() != nil {
-			return nil, first
-		}
-	}
-	replies, err := results(c.Receive())
-	if first != nil {
-		err = first // says more than that the transaction was discarded
-	}
-	return replies, err
 }
 
 // A server is the room as HTTP shows it.

@@ -1814,6 +1814,25 @@ func TestBatch(t *testing.T) {
 	})
 }
 
+// Each write to Redis has its own time, and one that is not taken ends after it.
+func TestWriteToRedisInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		defer far.Close()
+		c := timelyConn{near}
+		go far.Read(make([]byte, 1))
+		time.Sleep(2 * redisTimeout) // since the connection was made, which is nothing to the write
+		if _, err := c.Write([]byte("x")); err != nil {
+			t.Errorf("writing what is taken: %v", err)
+		}
+		start := time.Now()
+		_, err := c.Write([]byte("x"))
+		if took := time.Since(start); !errors.Is(err, os.ErrDeadlineExceeded) || took != redisTimeout {
+			t.Errorf("writing what nobody takes: %v after %v, want the deadline after %v", err, took, redisTimeout)
+		}
+	})
+}
+
 // More posts than one batch wait for Redis; all get in, once, in the same order everywhere.
 func TestManyPostsWaitForRedis(t *testing.T) {
 	t.Parallel()
