@@ -1271,15 +1271,16 @@ func (b *broker) subscribe(c redis.Conn) (head string, err error) {
 	if err != nil {
 		return "", err
 	}
-	newest, err := parseList(replies[len(replies)-1])
+	newest, err := redis.Strings(replies[len(replies)-1], nil)
 	if len(newest) > 0 {
-		head = newest[0].id
+		id, _, _ := strings.Cut(newest[0], " ")
+		head = cmp.Or(id, "?") // where it is not ours no message has it, and seam takes the whole list
 	}
 	return head, err
 }
 
-// results returns the replies inside an EXEC. An error among them counts as the whole's: Redis
-// runs the other commands all the same.
+// results returns the replies inside an EXEC, at least one. An error among them counts as the
+// whole's: Redis runs the other commands all the same.
 func results(reply any, err error) ([]any, error) {
 	replies, err := redis.Values(reply, err)
 	for _, r := range replies {
@@ -1390,7 +1391,7 @@ func seam(list []message, head string) int {
 			return i + 1
 		}
 	}
-	return len(list) // head was pushed out since
+	return len(list) // head was pushed out since, or is not ours
 }
 
 // follow appends what the subscription brings, and returns when it breaks. Redis lets nothing come

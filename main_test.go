@@ -2035,6 +2035,27 @@ func TestOlderThanTheLog(t *testing.T) {
 	}
 }
 
+// The newest item of the list is not ours: what stands before it is taken all the same, by a
+// process that starts and by one that missed it.
+func TestNewestItemIsNotOurs(t *testing.T) {
+	t.Parallel()
+	for _, item := range []string{"junk", "", " no id", "some words"} {
+		redis := startRedis(t)
+		c := newClient(t, redis.room().joined().url)
+		c.say("before")
+		redis.do("RPUSH", "chat:history", keyA+" [12:00:00] 小明: missed")
+		redis.do("RPUSH", "chat:history", item)
+		redis.do("CLIENT", "KILL", "TYPE", "pubsub")
+		eventually(t, "the process to have what it missed", func() bool {
+			return strings.Contains(c.get("/stream?wait=0").body, "missed")
+		})
+		late := newClient(t, redis.room().joined().url).get("/stream?wait=0").body
+		if !strings.Contains(late, "before") || !strings.Contains(late, "missed") {
+			t.Errorf("behind the item %q a process starts with %q, want both messages", item, late)
+		}
+	}
+}
+
 // A server that does not know AUTH repeats its arguments, which must not be shown.
 func TestPasswordThatRedisRepeats(t *testing.T) {
 	t.Parallel()
