@@ -1288,6 +1288,9 @@ func results(reply any, err error) ([]any, error) {
 			return nil, e
 		}
 	}
+	if err == nil && len(replies) == 0 {
+		err = errors.New("a transaction was answered with nothing")
+	}
 	return replies, err
 }
 
@@ -1584,31 +1587,44 @@ func (b *broker) send(c redis.Conn, batch []*post) (err error) {
 		c.Send("PUBLISH", b.channel, line)
 		c.Send("EXEC")
 	}
-	replies, err := redis.Values(c.Do("")) // all that are due, under one deadline
-	if err != nil {
+	if err = c.Flush(); err != nil {
 		return err
 	}
 	forgot := false
 	for len(batch) > 0 {
-		// To MULTI and what was queued; an error here says more than EXEC's, which is that the
-		// transaction was discarded.
-		if _, err = results(replies[:5], nil); err != nil {
-			return err
-		}
-		executed, err := results(replies[5], nil)
+		replies, err := receiveExec(c)
 		if err != nil {
 			return err
 		}
-		if length, _ := executed[0].(int64); length <= int64(held) {
+		if length, _ := replies[0].(int64); length <= int64(held) {
 			forgot = true
 		}
 		batch[0].done <- nil
-		batch, replies = batch[1:], replies[6:]
+		batch = batch[1:]
 	}
 	if forgot {
 		return errForgot
 	}
 	return nil
+}
+
+// receiveExec receives the replies to MULTI, four queued commands and EXEC. Each has redisTimeout,
+// so that a long way to Redis, which takes its time for a whole batch, is none that broke.
+func receiveExec(c redis.Conn) ([]any, error) {
+	var first error
+	for range 5 {
+		if _, err := c.Receive(); err != nil && first == nil {
+			first = err
+		}
+		if c.Err() != nil {
+			return nil, first
+		}
+	}
+	replies, err := results(c.Receive())
+	if first != nil {
+		err = first // says more than that the transaction was discarded
+	}
+	return replies, err
 }
 
 // A server is the room as HTTP shows it.
