@@ -146,18 +146,22 @@ const (
 	headerTimeout  = 10 * time.Second // for the header of a request to come,
 	requestTimeout = 20 * time.Second // and for the whole request
 	answerTimeout  = 30 * time.Second // from the header to the end of an answer that is no stream
-	idleTimeout    = 75 * time.Second // over a proxy's, usually a minute: it closes first
+	idleTimeout    = 75 * time.Second // longer than a proxy's, usually a minute, so that the proxy closes first
 
 	heartbeat    = 15 * time.Second       // silence after which every stream gets a ping
 	writeTimeout = 30 * time.Second       // for a reader to take one page
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
 	unknownGrace = 2 * time.Second        // how long an unknown id may be on its way from Redis
-	maxAsked     = 1000                   // unknown ids of polls that are remembered
+	maxAsked     = 1000                   // unknown ids of polls that are remembered,
+	askedFor     = time.Minute            // for so long
 	maxWait      = time.Minute            // longest ?wait=
 	maxPoll      = 64 << 10               // bytes after which a long poll ends though there is more
 	retryLow     = 1000                   // ms after which readers of a process that ends come back,
 	retryHigh    = 4000                   // spread up to this
+	pollRetry    = 2000                   // ms between polls
+	longLow      = 200                    // ms between long polls,
+	longHigh     = 400                    // spread up to this
 	sessionLife  = 30 * 24 * time.Hour    // of a cookie
 	stopTimeout  = 400 * time.Millisecond // what shutdown leaves to answers under way
 
@@ -168,7 +172,7 @@ const (
 	probeTimeout   = 2 * time.Second        // within which it must come back
 	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
 	maxBackoff     = 2 * time.Second        // this, each half as long to half as long again
-	keyGrace       = 7 * time.Second        // for an older cookie key to come back; see checkKey
+	keyGrace       = 7 * time.Second        // for an older cookie key to come back; see shareKey
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
 
@@ -317,7 +321,8 @@ func (c *config) check() error {
 	if strings.HasSuffix(c.channel, ":id") || strings.HasSuffix(c.channel, ":probe") {
 		return usagef("-channel wants a name that does not end like a channel beside another: %q", redact(c.channel))
 	}
-	if c.channel == "" || strings.ContainsFunc(c.channel, func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }) {
+	odd := func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }
+	if c.channel == "" || strings.ContainsFunc(c.channel, odd) {
 		return usagef("-channel wants a name without spaces, not %q", redact(c.channel))
 	}
 	return nil
@@ -641,12 +646,12 @@ func (l *Log) has(id string) (known bool, wake <-chan struct{}) {
 
 // firstAsked returns since when polls have asked for an id that is not known. A poll ends before
 // it can wait for it; without this memory the next one would begin to wait anew, for ever. Beyond
-// maxAsked ids in a minute it returns the zero time: such an id is given up at once, so that whoever
+// maxAsked ids in askedFor it returns the zero time: such an id is given up at once, so that whoever
 // makes ids up makes nobody wait, at the price of a gap that may be none.
 func (l *Log) firstAsked(id string) time.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if time.Since(l.askedSince) > maxWait {
+	if time.Since(l.askedSince) > askedFor {
 		l.asked, l.askedSince = map[string]time.Time{}, time.Now()
 	}
 	if _, again := l.asked[id]; !again && len(l.asked) < maxAsked {
@@ -754,8 +759,9 @@ func (l *Log) read(c *cursor) (frames []byte, wake <-chan struct{}) {
 	return frames, wake
 }
 
-// before returns the id of the newest message before the cursor and which gap there was, "0" if
-// there is none, and "" if the log has forgotten it.
+// before returns the id with which a reader at the cursor comes back: of the newest message before
+// it, with a mark if the reader was told a gap there; "0" if there is no message before it, and ""
+// if the log has forgotten it.
 func (l *Log) before(c cursor) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -853,8 +859,8 @@ func clean(s string, limit int) (text string, cut bool) {
 }
 
 // invisible tells whether a character alone shows nothing: white space, format characters, the
-// default-ignorable ones of Unicode, and those whose picture is empty: of braille, of two
-// hieroglyphs and of a note.
+// default-ignorable ones of Unicode, and four whose picture is empty: a braille pattern, two
+// hieroglyphs and a note head.
 func invisible(r rune) bool {
 	return unicode.IsSpace(r) || strings.ContainsRune("\u2800\U00013441\U00013442\U0001d159", r) ||
 		unicode.In(r, unicode.Cc, unicode.Cf, unicode.Other_Default_Ignorable_Code_Point,
@@ -880,8 +886,8 @@ func cleanName(s string) (name, reason string) {
 	}
 	solid := false
 	for _, r := range name {
-		if strings.ContainsRune(":[]", r) || r != ' ' && invisible(r) ||
-			r != ' ' && !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S) {
+		if strings.ContainsRune(":[]", r) || r != ' ' &&
+			(invisible(r) || !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S)) {
 			return "", "name_chars"
 		}
 		solid = solid || unicode.In(r, unicode.L, unicode.N, unicode.S)
@@ -946,8 +952,8 @@ func (k *signer) verify(value string, now time.Time) (s session, ok bool) {
 	return s, err == nil && err2 == nil && now.Before(s.expires)
 }
 
-// foreign tells whether a value names another key, which may yet turn out to be the room's.
-func (k *signer) foreign(value string, now time.Time) bool {
+// otherKey tells whether a value names another key, which may yet turn out to be the room's.
+func (k *signer) otherKey(value string, now time.Time) bool {
 	return now.Before(k.sure) && !strings.HasPrefix(value, "v1."+k.id+".")
 }
 
@@ -977,7 +983,7 @@ type limiter struct {
 
 	mu    sync.Mutex // guards full and sweep
 	full  map[string]time.Time
-	sweep int // size at which full is rid of those whose moment has passed
+	sweep int // above this size, keys whose moment has passed are taken out of full
 }
 
 // take takes a token, or returns how long until there is one.
@@ -1050,7 +1056,7 @@ type post struct {
 var (
 	errNotJoined = errors.New("not joined yet")
 	errProbe     = errors.New("what is published does not come back")
-	errForgot    = errors.New("the history or the key was written anew")
+	errForgot    = errors.New("the history or the key was forgotten or written anew")
 )
 
 func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string, time.Time)) *broker {
@@ -1199,10 +1205,11 @@ func (b *broker) stay(ctx context.Context) error {
 func (b *broker) dial(ctx context.Context) (redis.Conn, error) {
 	netDial := func(ctx context.Context, network, addr string) (net.Conn, error) {
 		c, err := (&net.Dialer{Timeout: redisTimeout}).DialContext(ctx, network, addr)
-		if err == nil {
-			context.AfterFunc(ctx, func() { c.Close() })
+		if err != nil {
+			return nil, err
 		}
-		return timelyConn{c}, err
+		context.AfterFunc(ctx, func() { c.Close() })
+		return timelyConn{c}, nil
 	}
 	c, err := redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial),
 		redis.DialReadTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
@@ -1226,8 +1233,9 @@ func (c timelyConn) Write(b []byte) (int, error) {
 // shareKey agrees with the other processes on the key of the cookies: the first one draws it,
 // and whoever holds it puts it back, in case Redis forgot. A key begins with the time at which
 // it was drawn: of two, one of which was drawn while Redis had forgotten the other, the older
-// is the room's, and the other processes are made to join again. For that there is a while
-// after a key was drawn.
+// is the room's, and the other processes are made to join again. A key that was just drawn may
+// lose to an older one for keyGrace: a holder looks at the key every redisSilence, and has
+// redisTimeout to put its own back.
 func (b *broker) shareKey(c redis.Conn) error {
 	if b.ownKey {
 		return nil
@@ -1246,7 +1254,7 @@ func (b *broker) shareKey(c redis.Conn) error {
 	case b.key == "" || found < b.key:
 		b.key = found
 		sure := time.Now()
-		if found == drawn { // perhaps by a process that was faster than those who know
+		if found == drawn { // by us, and perhaps before one who knows an older one put that back
 			sure = sure.Add(keyGrace)
 		}
 		b.gotKey(found, sure)
@@ -1859,8 +1867,8 @@ func unavailable(w http.ResponseWriter, why string) {
 	http.Error(w, why, http.StatusServiceUnavailable)
 }
 
-// tooMany sets Retry-After to the whole seconds of wait.
-func tooMany(w http.ResponseWriter, wait time.Duration) {
+// setRetryAfter says after how many whole seconds to come back.
+func setRetryAfter(w http.ResponseWriter, wait time.Duration) {
 	w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
 }
 
@@ -1903,7 +1911,7 @@ func (s *server) identify(r *http.Request) (session, identity) {
 		if sess, ok := k.verify(v, now); ok {
 			return sess, member
 		}
-		if k.foreign(v, now) {
+		if k.otherKey(v, now) {
 			who = pending
 		}
 	}
@@ -1913,7 +1921,7 @@ func (s *server) identify(r *http.Request) (session, identity) {
 const cannotTell = "the room cannot tell who you are until Redis is back"
 
 // admit tells whether the sender may take part in the room, and answers if not. To read an open
-// room a broken session does no harm; to write under it must not be anonymous.
+// room takes no session; but who comes with a broken one must not become anonymous to write.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (session, bool) {
 	sess, who := s.identify(r)
 	closed := s.cfg.password != ""
@@ -1928,8 +1936,8 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (sess
 	return sess, false
 }
 
-// address names where a request comes from: the peer, or behind a proxy on this machine whom
-// that names last. Of IPv6 it is the /64, which is one subscriber's.
+// address names where a request comes from: the peer or, behind a proxy on this machine, the last
+// address that the proxy names. Of IPv6 it is the /64, which is one subscriber's.
 func address(r *http.Request) string {
 	host, _, _ := net.SplitHostPort(r.RemoteAddr)
 	ip, _ := netip.ParseAddr(host)
@@ -2179,7 +2187,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 	}
 	if s.cfg.password != "" {
 		if wait := s.guesses.take(from, now); wait > 0 {
-			tooMany(w, wait)
+			setRetryAfter(w, wait)
 			s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 			return
 		}
@@ -2190,7 +2198,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 		s.guesses.giveBack(from)
 	}
 	if wait := s.logins.take(from, now); wait > 0 {
-		tooMany(w, wait)
+		setRetryAfter(w, wait)
 		s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 		return
 	}
@@ -2250,7 +2258,7 @@ func (s *server) accept(w http.ResponseWriter, r *http.Request, sess session, id
 		sender, name = "from "+address(r), "anonymous"
 	}
 	if wait := s.posts.take(sender, now); wait > 0 {
-		tooMany(w, wait)
+		setRetryAfter(w, wait)
 		http.Error(w, "too fast", http.StatusTooManyRequests)
 		return false
 	}
@@ -2344,7 +2352,7 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 		st.run()
 		conn.Close()
 		s.leave(st)
-		s.conns.Add(-1)
+		s.conns.Add(-1) // net/http does not tell the end of a connection that was taken over
 	})
 }
 
@@ -2396,14 +2404,15 @@ type stream struct {
 }
 
 // run writes the head and then events until the reader is gone, its time is over, or the log is
-// closed.
+// closed. Nothing reads the connection: that the reader is gone shows at a later write, of a
+// heartbeat at the latest.
 func (st *stream) run() {
 	low, high := retryLow, retryHigh
 	var end <-chan time.Time // of a long poll; nil, and so never, for a stream
 	if st.poll {
-		low, high = 2000, 2000
+		low, high = pollRetry, pollRetry
 		if st.wait > 0 {
-			low, high = 200, 400
+			low, high = longLow, longHigh
 		}
 		end = time.After(min(st.wait, maxWait))
 	}
