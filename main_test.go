@@ -7969,6 +7969,26 @@ func TestLessonCountsAGap(t *testing.T) {
 	}
 }
 
+// Firefox often measures that a stream which the page broke off ended where it began. Its bar stays
+// as long as it was.
+func TestLessonBarThatWasBrokenOff(t *testing.T) {
+	t.Parallel()
+	b := startBrowser(t)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + lessonScript + `
+		window.cut = 0; // times that the end of SSE was read
+		Object.defineProperty(PerformanceResourceTiming.prototype, 'responseEnd', { get() {
+			if (new URL(this.name).pathname === '/stream' && !this.name.includes('wait=')) window.cut++;
+			return this.responseStart;
+		} });
+		window.barWidth = () => way('sse').querySelector('.bar').getBoundingClientRect().width;`})
+	b.open(strings.Replace(startRoom(t).url, "127.0.0.1", "chat.test", 1) + "/lesson")
+	b.wait("a bar of a second and more", "state() === 'live' && barWidth() > 30")
+	b.click("#break")
+	b.wait("the browser to have measured it", "cut > 0")
+	js[any](b, "return new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+	b.checks(check{"the bar is as long as it was", "barWidth() > 30"})
+}
+
 // A counter counts the bytes of an answer as they come, its header and its body.
 type counter struct {
 	mu         sync.Mutex

@@ -178,14 +178,15 @@ class Way {
   }
 
   /** What the browser measured of an ended request. A request that never got an answer has only
-   *  this; one that the page broke off has no bytes here, those of its events stay.
+   *  this; one that the page broke off has no bytes here, those of its events stay, and in Firefox
+   *  it often ends where it began, so its own end stays too.
    *  @param {PerformanceResourceTiming} e */
   measure(e) {
     const known = this.requests.find((r) =>
       !r.exact && r.start >= e.startTime && r.start < e.responseEnd + 1000);
     const r = known ?? { start: 0, end: 0, bytes: 0, head: 0, messages: 0,
       exact: true, pinged: true, node: mark(this, 'bar', e.startTime) };
-    Object.assign(r, { start: e.startTime, end: e.responseEnd, bytes: e.encodedBodySize || r.bytes, exact: true });
+    Object.assign(r, { start: e.startTime, end: Math.max(e.responseEnd, r.end), bytes: e.encodedBodySize || r.bytes, exact: true });
     if (!known) this.requests.unshift(r);
   }
 
