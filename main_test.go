@@ -7414,6 +7414,83 @@ func TestPageDeadWorker(t *testing.T) {
 	b.checks(check{"which is live", "state() === 'live' && count('without it') === 1"})
 }
 
+// Safari starts a worker that died anew and hands it the ports of its tabs: each joins again, and
+// asks for what follows the last message it has.
+func TestPageWorkerStartedAnew(t *testing.T) {
+	b := startBrowser(t)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + `
+		window.asked = [];
+		window.SharedWorker = class {
+			constructor() {
+				const { port1, port2 } = new MessageChannel();
+				this.port = port1;
+				window.worker = port2;
+				port2.onmessage = ({ data }) => {
+					if ('after' in data) asked.push(data.after);
+					port2.postMessage('after' in data ? [{ type: 'ping' }] : []);
+				};
+				port2.postMessage([{ type: 'hello' }]);
+			}
+		};`})
+	p := startPageRelay(t, startChat(t))
+	b.login(p.url(), "小明")
+	b.wait("the page asks for all", "JSON.stringify(asked) === '[\"\"]'")
+	js[any](b, `worker.postMessage([{ type: 'message', id: arguments[0], text: '[12:00:00] Ada: before' }, { type: 'ping', id: arguments[0] }])`, keyA)
+	b.hasText("before")
+	js[any](b, "worker.postMessage([{ type: 'hello' }])")
+	b.wait("the page asks for what follows", "JSON.stringify(asked) === JSON.stringify(['', arguments[0]])", keyA)
+	js[any](b, `worker.postMessage([{ type: 'message', id: arguments[0], text: '[12:00:00] Ada: after' }, { type: 'ping' }])`, keyB)
+	b.hasText("after")
+	b.checks(check{"each once, and live", "count('before') === 1 && count('after') === 1 && state() === 'live'"})
+}
+
+// Out of the back/forward cache Safari brings streams to life that were closed, so the pages start
+// anew.
+func TestPageOutOfTheCache(t *testing.T) {
+	b, p := visit(t)
+	b.say("kept")
+	b.hasText("kept")
+	for _, page := range []string{"/", "/lesson"} {
+		b.open(p.url() + page)
+		b.wait(page+" is live", "state() === 'live'")
+		js[any](b, "window.old = true; dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
+		b.wait(page+" starts anew", "!window.old && state() === 'live'")
+	}
+}
+
+// In Safari the field does not grow by itself, and the log does not keep its place.
+func TestPageKeepsItsPlaceInSafari(t *testing.T) {
+	b, p := visit(t)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": `
+		const supports = CSS.supports.bind(CSS);
+		CSS.supports = (what, ...value) => !['field-sizing', 'overflow-anchor'].includes(what) && supports(what, ...value);`})
+	b.open(p.url())
+	many := func(n int, text string) {
+		var s strings.Builder
+		for i := range n {
+			s.WriteString(frame(id(), fmt.Sprintf("[10:%02d:%02d] Ada: %s %d", i/60%60, i%60, text, i)))
+		}
+		p.send(s.String())
+	}
+	b.wait("live", "state() === 'live'")
+	js[any](b, "$('#log').style.overflowAnchor = 'none'; $('#text').style.setProperty('field-sizing', 'fixed')")
+	many(3000, "first")
+	b.waitFor("3000 rows", 20*time.Second, "texts().at(-1) === 'first 2999'")
+	b.checks(check{"the end is in sight", "bottom() < 2"})
+	for line := range 7 {
+		b.keys("#text", "\uE008\uE007\uE000x")
+		b.settle()
+		b.keys("#text", "y")
+		b.settle()
+		b.checks(check{fmt.Sprintf("the end is in sight at line %d", line+2), "bottom() < 2"})
+	}
+	js[any](b, "window.row = $$('#log .row').find((n) => n.textContent.endsWith('first 2950')); row.scrollIntoView(); window.y = row.getBoundingClientRect().top")
+	b.settle()
+	many(4600, "second")
+	b.waitFor("4600 more", 30*time.Second, "parseInt($('#pill').textContent) >= 4600")
+	b.checks(check{"what is dropped above does not move the reader", "$$('#log .row').length < 5200 && Math.abs(row.getBoundingClientRect().top - y) < 100"})
+}
+
 // A new tab asks the worker how things stand: what the server says before its room is there does
 // not make a lost stream good.
 func TestPageNewTabWhileLost(t *testing.T) {

@@ -212,8 +212,10 @@ function place(node) {
 function trim(keep) {
   const before = rows;
   while (rows - (log.firstElementChild?.childElementCount ?? rows) >= keep) {
-    rows -= log.firstElementChild.childElementCount;
+    const { childElementCount, offsetHeight } = log.firstElementChild;
+    rows -= childElementCount;
     log.firstElementChild.remove();
+    if (!stuck && !CSS.supports('overflow-anchor', 'auto')) log.scrollTop -= offsetHeight; // Safari
   }
   if (rows < before) log.querySelector('.row')?.classList.remove('follows');
 }
@@ -588,8 +590,10 @@ function typed() {
 
 /** As high as its text; CSS knows the limit. */
 function grow() {
+  const top = log.scrollTop;
   box.style.height = 'auto';
   box.style.height = `${box.scrollHeight + 2}px`;
+  log.scrollTop = top;        // the log was higher for a moment, which may have moved it
 }
 
 /** @param {KeyboardEvent} e */

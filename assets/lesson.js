@@ -521,5 +521,5 @@ breaker.addEventListener('click', () => {
 
 document.addEventListener('visibilitychange', see);
 addEventListener('pagehide', close);
-addEventListener('pageshow', (e) => e.persisted && see());
+addEventListener('pageshow', (e) => e.persisted && location.reload()); // Safari wakes what was closed
 see();

@@ -15,7 +15,7 @@
 */
 
 /** What is told to the page: the events of the server (message, ping, wait, gap) and our own:
- *  down (the stream is lost), login (the server wants a session), unknown (see serve).
+ *  down (the stream is lost), login (the server wants a session), unknown and hello (see serve).
  *  @typedef {{type: string, id?: string, text?: string}} Told */
 
 const SELF = '/assets/stream.js';
@@ -131,31 +131,31 @@ export function connect(tell) {
   let cursor = '';
   /** @param {Told} e */
   const hear = (e) => { cursor = e.id || cursor; tell(e); };
-  const leave = () => alone(() => cursor, hear);
-  const start = () => {
-    try {
-      return shared(cursor, hear, () => { link = leave(); });
-    } catch {               // no such thing here, or not allowed
-      return leave();
-    }
-  };
-  let link = start();
+  const leave = () => { link = alone(() => cursor, hear); };
+  /** @type {{check: () => void, close: () => void}} */
+  let link;
+  try {
+    link = shared(() => cursor, hear, leave);
+  } catch {                 // no such thing here, or not allowed
+    leave();
+  }
 
   const check = () => document.hidden || link.check();
   document.addEventListener('visibilitychange', check);
   addEventListener('online', check);
   addEventListener('pagehide', () => link.close());
-  addEventListener('pageshow', (e) => { if (e.persisted) link = start(); }); // from the cache
+  // From the back/forward cache, in which Safari wakes streams that were closed.
+  addEventListener('pageshow', (e) => e.persisted && location.reload());
 }
 
-/** Events from the worker. @param {string} after @param {(e: Told) => void} hear
+/** Events from the worker. @param {() => string} cursor @param {(e: Told) => void} hear
  *  @param {() => void} giveUp called when the worker does not answer */
-function shared(after, hear, giveUp) {
+function shared(cursor, hear, giveUp) {
   // @ts-ignore: the page accepts script addresses only from a policy (require-trusted-types-for)
   const policy = globalThis.trustedTypes?.createPolicy('chat', { createScriptURL: (url) => url });
   const url = policy ? policy.createScriptURL(SELF) : SELF;
   const worker = new SharedWorker(url, { type: 'module', name: 'chat' });
-  let patience = 0;
+  let patience = setTimeout(dead, PATIENCE);
 
   /** @param {object} question */
   const ask = (question) => {
@@ -168,18 +168,19 @@ function shared(after, hear, giveUp) {
     clearTimeout(patience);
     clearInterval(pulse);
   };
-  const dead = () => { close(); giveUp(); };
+  function dead() { close(); giveUp(); }
 
   worker.onerror = dead;
   worker.port.onmessage = ({ data }) => {
     clearTimeout(patience);
     patience = 0;
-    if (data.some((/** @type {Told} */ e) => e.type === 'unknown')) dead();
+    const has = (/** @type {string} */ type) => data.some((/** @type {Told} */ e) => e.type === type);
+    if (has('unknown')) dead();
+    else if (has('hello')) ask({ after: cursor() });
     else data.forEach(hear);
   };
   const check = () => ask({ check: true });
   const pulse = setInterval(check, SILENCE);
-  ask({ after });
   return { check, close };
 }
 
@@ -260,6 +261,8 @@ function serve() {
       stream.check();
       port.postMessage([]);
     };
+    // Safari starts a worker that died anew, with the tabs it had: they have to join again.
+    port.postMessage([{ type: 'hello' }]);
   };
 }
 
