@@ -6053,7 +6053,7 @@ func TestFewDescriptors(t *testing.T) {
 	n := 0
 	eventually(t, "a newcomer to be let in", func() bool {
 		n++
-		c.attempt(fmt.Sprint("hello again ", n)) // shows the room who is gone
+		c.attempt(fmt.Sprint("hello-again-", n)) // shows the room who is gone
 		return c.get("/stream?wait=0").status == 200
 	})
 	if got := c.newcomer(); got[0] != "the room goes on" {
