@@ -212,10 +212,11 @@ function place(node) {
 function trim(keep) {
   const before = rows;
   while (rows - (log.firstElementChild?.childElementCount ?? rows) >= keep) {
-    const { childElementCount, offsetHeight } = log.firstElementChild;
-    rows -= childElementCount;
-    log.firstElementChild.remove();
-    if (!stuck && !CSS.supports('overflow-anchor', 'auto')) log.scrollTop -= offsetHeight; // Safari
+    const section = log.firstElementChild;
+    const higher = stuck || CSS.supports('overflow-anchor', 'auto') ? 0 : section.offsetHeight;
+    rows -= section.childElementCount;
+    section.remove();
+    if (higher) log.scrollTop -= higher; // in Safari, which does not keep the reader's place
   }
   if (rows < before) log.querySelector('.row')?.classList.remove('follows');
 }
