@@ -1188,7 +1188,6 @@ func (b *broker) stay(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	b.heardOf(head)
 	echo, broken := make(chan struct{}, 1), make(chan error, 1)
 	go func() {
 		defer close(broken)
@@ -1266,9 +1265,10 @@ func (b *broker) shareKey(c redis.Conn) error {
 }
 
 // subscribe starts the subscription and returns the id of the list's newest message as it was
-// at that moment, "" if there was none. The list itself is read on the other connection: Redis
-// ends a subscriber to whom it owes over 32 MB, or over 8 MB for a minute, and a list can be
-// 64 MB. What was published in between comes twice, and the second copy is dropped.
+// at that moment: "" if the list was empty, and a word that no message has for an id if its newest
+// item is not ours. The list itself is read on the other connection: Redis ends a subscriber to
+// whom it owes over 32 MB, or over 8 MB for a minute, and a list can be 64 MB. What was published
+// in between comes twice, and the second copy is dropped.
 func (b *broker) subscribe(c redis.Conn) (head string, err error) {
 	c.Send("MULTI")
 	for _, suffix := range []string{"", ":id", ":probe"} {
@@ -1282,7 +1282,7 @@ func (b *broker) subscribe(c redis.Conn) (head string, err error) {
 	newest, err := redis.Strings(replies[len(replies)-1], nil)
 	if len(newest) > 0 {
 		id, _, _ := strings.Cut(newest[0], " ")
-		head = cmp.Or(id, "?") // where it is not ours no message has it, and seam takes the whole list
+		head = cmp.Or(id, "?")
 	}
 	return head, err
 }
@@ -1343,8 +1343,16 @@ func (b *broker) takeList(c redis.Conn, head string) (probe string, err error) {
 			return "", err
 		}
 		list, err := parseList(replies[0])
-		if err != nil || b.log.merge(list, seam(list, head)) {
-			return probe, err
+		if err != nil {
+			return "", err
+		}
+		upTo := seam(list, head)
+		complete := b.log.merge(list, upTo)
+		if upTo > 0 {
+			b.heardOf(list[upTo-1].id)
+		}
+		if complete {
+			return probe, nil
 		}
 		probe = rand.Text() // what went before it is older than the list now
 		if err = b.writeList(c, probe); err != redis.ErrNil {

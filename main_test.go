@@ -2104,9 +2104,16 @@ func TestNewestItemIsNotOurs(t *testing.T) {
 		eventually(t, "the process to have what it missed", func() bool {
 			return strings.Contains(c.get("/stream?wait=0").body, "missed")
 		})
-		late := newClient(t, redis.room().joined().url).get("/stream?wait=0").body
+		second := newClient(t, redis.room().joined().url)
+		late := second.get("/stream?wait=0").body
 		if !strings.Contains(late, "before") || !strings.Contains(late, "missed") {
 			t.Errorf("behind the item %q a process starts with %q, want both messages", item, late)
+		}
+		redis.do("PUBLISH", "chat", "foreign")
+		for _, room := range []*client{c, second} { // under the same id, for readers who change the process
+			eventually(t, "the foreign line to be behind the newest message", func() bool {
+				return regexp.MustCompile("\nid: " + keyA + `\.[a-z]{8}\ndata: foreign\n`).MatchString(room.get("/stream?wait=0").body)
+			})
 		}
 	}
 }
