@@ -146,7 +146,7 @@ const (
 	headerTimeout  = 10 * time.Second // for the header of a request to come,
 	requestTimeout = 20 * time.Second // and for the whole request
 	answerTimeout  = 30 * time.Second // from the header to the end of an answer that is no stream
-	idleTimeout    = 75 * time.Second // longer than a proxy's, usually a minute, so that the proxy closes first
+	idleTimeout    = 75 * time.Second // longer than a proxy's usual minute: the proxy closes first
 
 	heartbeat    = 15 * time.Second       // silence after which every stream gets a ping
 	writeTimeout = 30 * time.Second       // for a reader to take one page
@@ -165,16 +165,16 @@ const (
 	sessionLife  = 30 * 24 * time.Hour    // of a cookie
 	stopTimeout  = 400 * time.Millisecond // what shutdown leaves to answers under way
 
-	confirmTimeout = 2 * time.Second        // from POST to the message coming back
-	redisTimeout   = 2 * time.Second        // dial, and one command
-	listTimeout    = 10 * time.Second       // the whole history, which may be 64 MB
-	redisSilence   = 5 * time.Second        // silence after which a probe goes out
-	probeTimeout   = 2 * time.Second        // within which it must come back
-	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
-	maxBackoff     = 2 * time.Second        // this, each half as long to half as long again
-	keyGrace       = 7 * time.Second        // for an older cookie key to come back; see shareKey
-	restoreTries   = 5                      // of writing the list back against others
-	batchSize      = 64                     // posts that share one round trip to Redis
+	confirmTimeout = 2 * time.Second             // from POST to the message coming back
+	redisTimeout   = 2 * time.Second             // dial, one write, and one reply
+	listTimeout    = 10 * time.Second            // the whole history, which may be 64 MB
+	redisSilence   = 5 * time.Second             // silence after which a probe goes out
+	probeTimeout   = 2 * time.Second             // within which it must come back
+	minBackoff     = 100 * time.Millisecond      // between attempts to join, doubling to
+	maxBackoff     = 2 * time.Second             // this, each half as long to half as long again
+	keyGrace       = redisSilence + redisTimeout // for an older cookie key to come back; see shareKey
+	restoreTries   = 5                           // of writing the list back against others
+	batchSize      = 64                          // posts that share one round trip to Redis
 
 	spareFiles = 24          // descriptors that connections must leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken

@@ -143,6 +143,14 @@ func (r *redisServer) start() {
 	})
 }
 
+// fill puts n messages into the list, drawn-by-the-test-0001 the oldest.
+func (r *redisServer) fill(n int) {
+	r.t.Helper()
+	r.do("EVAL", `for i = 1, ARGV[1] do
+		redis.call("RPUSH", KEYS[1], string.format("drawn-by-the-test-%04d [12:00:00] x: %d", i, i))
+	end`, 1, "chat:history", n)
+}
+
 // kill is SIGKILL: nothing is saved and nobody is told.
 func (r *redisServer) kill() {
 	if r.cmd != nil {
@@ -2167,9 +2175,7 @@ func TestLogThatNobodyReads(t *testing.T) {
 func TestListThatIsWrittenIsBounded(t *testing.T) {
 	t.Parallel()
 	redis := startRedis(t)
-	redis.do("EVAL", `for i = 1, 4096 do
-		redis.call("RPUSH", KEYS[1], string.format("drawn-by-the-test-%04d [12:00:00] x: %d", i, i))
-	end`, 1, "chat:history")
+	redis.fill(4096)
 	redis.room().joined()
 	newest := redis.do("RPOP", "chat:history")
 	redis.do("LPUSH", "chat:history", "older-than-the-log [11:00:00] x: 0")
@@ -3150,9 +3156,7 @@ func TestLongestMessage(t *testing.T) {
 func TestRedisListIsTrimmed(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
-	r.do("EVAL", `for i = 1, 4200 do
-		redis.call("RPUSH", KEYS[1], string.format("drawn-by-the-test-%04d [12:00:00] x: %d", i, i))
-	end`, 1, "chat:history")
+	r.fill(4200)
 	room := r.room("-history", "4096")
 	c := newClient(t, room.url)
 	c.say("one more")
@@ -5396,9 +5400,7 @@ func newMix(t *testing.T, seed uint64, r *redisServer, keeps bool) *mix {
 		m.reading.Wait()
 	})
 	// The list is full, so that from the first message on the oldest ones are forgotten.
-	r.do("EVAL", `for i = 1, 4096 do
-		redis.call("RPUSH", KEYS[1], string.format("drawn-by-the-test-%04d [12:00:00] x: %d", i, i))
-	end`, 1, "chat:history")
+	r.fill(4096)
 	m.rooms = make([]*room, 3)
 	for i := range m.rooms {
 		m.startRoom(i)
@@ -9255,7 +9257,7 @@ func used(b *testing.B, pid int) (cpu time.Duration, memory int64) {
 }
 
 // BenchmarkPost posts from 64 connections at once; each post is answered when its message is in
-// the room. The others are what it cannot be faster than: the same requests to a handler that does
+// the room. The others are what that is made of: the same requests to a handler that does
 // nothing, and what a post does in Redis, on the Redis of a room that hears it, each connection
 // waiting for its own. The client is as lean as redis-benchmark, so that it leaves the processors
 // to what is measured.
