@@ -129,8 +129,8 @@ import (
 )
 
 const (
-	ringSize   = 4096     // messages that the log, the Redis list and the memory of ids hold
-	pageSize   = 16 << 10 // bytes of frames that lie side by side and are written at once
+	ringSize   = 4096     // entries that the log holds, and those of the Redis list that are history
+	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
 	maxName    = 24       // code points of a name
 	maxMessage = 4000     // code points of a message
 	maxLine    = 4100     // code points of a line from Redis; time, name and message fit
@@ -138,6 +138,8 @@ const (
 	maxHeader  = 16 << 10 // bytes of a request's header
 
 	postBurst  = 10  // messages of one sender at once; then -rate a second
+	floodBurst = 500 // messages from one address at once,
+	floodRate  = 50  // and then so many a second
 	loginBurst = 400 // logins from one address at once,
 	loginRate  = 5   // and then so many a second
 	guessBurst = 20  // wrong passwords from one address at once,
@@ -149,12 +151,11 @@ const (
 	idleTimeout    = 75 * time.Second // longer than a proxy's usual minute: the proxy closes first
 
 	heartbeat    = 15 * time.Second       // silence after which every stream gets a ping
-	writeTimeout = 30 * time.Second       // for a reader to take one page
+	writeTimeout = 30 * time.Second       // for a reader to take one block
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
-	unknownGrace = 2 * time.Second        // how long an unknown id may be on its way from Redis
-	maxAsked     = 1000                   // unknown ids of polls that are remembered,
-	askedFor     = time.Minute            // for so long
+	readBuffer   = 4 << 10                // bytes the kernel takes from a reader, who has nothing to say
+	askTimeout   = 2 * time.Second        // how long a poll waits at least for its place to be known
 	maxWait      = time.Minute            // longest ?wait=
 	maxPoll      = 64 << 10               // bytes after which a long poll ends though there is more
 	retryLow     = 1000                   // ms after which readers of a process that ends come back,
@@ -165,16 +166,16 @@ const (
 	sessionLife  = 30 * 24 * time.Hour    // of a cookie
 	stopTimeout  = 400 * time.Millisecond // what shutdown leaves to answers under way
 
-	confirmTimeout = 2 * time.Second             // from POST to the message coming back
-	redisTimeout   = 2 * time.Second             // dial, one write, and one reply
-	listTimeout    = 10 * time.Second            // the whole history, which may be 64 MB
-	redisSilence   = 5 * time.Second             // silence after which a probe goes out
-	probeTimeout   = 2 * time.Second             // within which it must come back
-	minBackoff     = 100 * time.Millisecond      // between attempts to join, doubling to
-	maxBackoff     = 2 * time.Second             // this, each half as long to half as long again
-	keyGrace       = redisSilence + redisTimeout // for an older cookie key to come back; see shareKey
-	restoreTries   = 5                           // of writing the list back against others
-	batchSize      = 64                          // posts that share one round trip to Redis
+	confirmTimeout = 2 * time.Second        // from POST to the message coming back
+	redisTimeout   = 2 * time.Second        // dial, one write, and what a read waits for the next byte
+	syncEvery      = 5 * time.Second        // between two round trips of our word through Redis
+	syncTimeout    = 2 * time.Second        // within which it must come back,
+	joinTimeout    = 10 * time.Second       // the first time behind all that came with the list
+	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
+	maxBackoff     = 2 * time.Second        // this, each half as long to half as long again
+	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back; see identify
+	restoreTries   = 5                      // of writing the list back against others
+	batchSize      = 64                     // posts that share one round trip to Redis
 
 	spareFiles = 24          // descriptors that connections must leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken
@@ -226,10 +227,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	var redisDone sync.WaitGroup
-	if s.broker != nil {
-		redisDone.Go(func() { s.broker.run(ctx) })
-	}
+	var roomDone sync.WaitGroup
+	roomDone.Go(func() { s.room.run(ctx) })
 	srv := s.httpServer(ctx)
 	served := make(chan error, 1)
 	go func() {
@@ -238,7 +237,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	}()
 	<-ctx.Done()
 	s.shutdown(srv)
-	redisDone.Wait()
+	roomDone.Wait()
 	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
@@ -407,72 +406,215 @@ func cause(err error) error {
 	return err
 }
 
-// A Log holds the newest messages of the room, encoded once, in one order. Readers are cursors:
+// A room is what was said, and the one way to say more. Without a broker it lives in this process;
+// with one, every process that shares its Redis channel holds the same room.
+type room struct {
+	log    *Log
+	broker *broker // nil: in memory
+
+	mu    sync.Mutex               // guards onWay
+	onWay map[string]chan struct{} // key of a post that is under way → closed when that is over
+}
+
+// newRoom opens the room of a channel. With Redis nobody gets anything from it until the broker,
+// which run starts, has joined.
+func newRoom(cfg *config, logf func(string, ...any), gotKey func(string)) *room {
+	r := &room{log: newLog(ringSize, cfg.history), onWay: map[string]chan struct{}{}}
+	if cfg.redis != nil {
+		r.broker = newBroker(cfg, r.log, logf, gotKey)
+	} else {
+		r.log.rebuild(nil, false)
+	}
+	return r
+}
+
+// run keeps the room open until ctx ends.
+func (r *room) run(ctx context.Context) {
+	if r.broker != nil {
+		r.broker.run(ctx)
+	}
+	<-ctx.Done()
+}
+
+// away returns why nothing can be said, nil when it can.
+func (r *room) away() error {
+	if r.broker == nil {
+		return nil
+	}
+	return r.broker.whyAway()
+}
+
+// say puts a line into the room unless its key is there already, and returns the id of the message
+// that has the key. An error means that this is not sure: the line may come in later all the same,
+// and with its key it is safe to say it again.
+//
+// With Redis, one attempt is under way for a key. A second one waits for it, and if that was not
+// confirmed tries in the time that it has left: each attempt takes a place in the list.
+func (r *room) say(ctx context.Context, key, line string) (id string, err error) {
+	e := entry{newID(key), line}
+	if r.broker == nil {
+		id, _ = r.log.append(e)
+		return id, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
+	defer cancel()
+	for {
+		first, release := r.claim(key)
+		if first == nil {
+			defer release()
+			err = r.broker.publish(ctx, e)
+			return r.log.idOf(key), err
+		}
+		select {
+		case <-first:
+		case <-ctx.Done():
+			return "", ctx.Err()
+		}
+	}
+}
+
+// claim makes a post the one of its key that is under way, until release; or it returns what is
+// closed when the one before it is over.
+func (r *room) claim(key string) (first <-chan struct{}, release func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if before, taken := r.onWay[key]; taken {
+		return before, nil
+	}
+	over := make(chan struct{})
+	r.onWay[key] = over
+	return nil, func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.onWay, key)
+		close(over)
+	}
+}
+
+// next returns what a reader is to be told next, and moves its cursor behind that. An id that is
+// not known here may be on its way from Redis, which keeps the order of what is published: when a
+// round trip that began after the reader came is over, what anybody can have seen before is here.
+// Then, and not by any clock, the id is nowhere.
+func (r *room) next(c *cursor) news {
+	n := r.log.read(c, r.broker == nil)
+	if n.unknown {
+		final, settled := r.broker.ask(c)
+		if final {
+			return r.log.read(c, true)
+		}
+		n.settled = settled
+	}
+	return n
+}
+
+// A Log holds the newest entries of the room, encoded once, in one order. Readers are cursors:
 // each holds a position and reads on from there, so a newcomer, a reader that comes back, a slow
 // one and a live one are the same, and no reader costs the log anything.
 //
-// Whoever waits, waits on a channel that is closed at the next event. An id names one message:
-// a second one under the same id is dropped.
+// Whoever waits, waits on a channel that is closed at the next event. An id names one entry: a
+// second one under the same key is dropped. A log can be built anew from another list of entries;
+// it then begins a new ring, and each cursor is carried over from the ring that it stands in.
 type Log struct {
-	history int           // messages a newcomer gets
-	grace   time.Duration // how long an unknown id may be on its way; 0 in memory
+	size    int // entries held
+	history int // messages a newcomer gets
 
-	mu     sync.Mutex        // guards all below, and the pages' ends; what is in a page stays
-	ring   []entry           // the entry at position p is ring[p%ringSize]
+	mu     sync.Mutex // guards all below, and the ring's content
+	ring   *ring      // nil until the log is built for the first time
+	wake   chan struct{}
+	beat   *time.Timer // beats after silence
+	beats  uint64      // so often; wake is closed at each, too
+	closed bool
+}
+
+// A ring is the entries of a log between two times that it was built.
+type ring struct {
+	slots  []slot            // the entry at position p is in slots[p%len(slots)]
 	oldest uint64            // position of the oldest entry held
 	next   uint64            // position of the next entry
-	index  map[string]uint64 // id of each message held → its position
-	newest string            // id of the newest announced message, or "0"; outlives the ring
-	count  int               // announced messages held
-	page   *page             // where the next frame goes
-	wake   chan struct{}     // closed and replaced at each message, join, heartbeat, and the end
-	beat   *time.Timer       // wakes everybody after silence
-	joined time.Time         // since when messages flow; zero while Redis is away
-	begun  bool              // it was joined once, so its history is the room's
-	closed bool
-
-	asked      map[string]time.Time // unknown id → when a poll first asked for it
-	askedSince time.Time            // when asked was last begun anew
+	index  map[string]uint64 // key of each entry held → its position
+	block  *block            // where the next frame goes
 }
 
-// An entry is a message, or a gap if it has no id.
-type entry struct {
-	message
-	page   *page
-	off    int  // of its frame in the page
-	unsure bool // elsewhere other messages may come before it; see merge
+// A slot is an entry and where its frame lies.
+type slot struct {
+	entry
+	block *block
+	off   int // of the frame in the block
 }
 
-// A message is a line of the room, its line breaks LF, under its id.
-type message struct{ id, line string }
-
-// announced tells a message that an id announced from one that another program published; the
-// id of such a foreign message has a dot, which no Idempotency-Key can have.
-func (m message) announced() bool { return m.id != "" && !strings.Contains(m.id, ".") }
-
-// A page is a stretch of frames in memory. It is only ever appended to, within its capacity,
-// so what a reader got of it stays as it was.
-type page struct {
+// A block is a stretch of frames in memory. It is only ever appended to, within its capacity, so
+// what a reader got of it stays as it was. A gap has a block of its own, so that it can be left out.
+type block struct {
 	buf  []byte
-	next uint64 // position after the page's last entry
+	next uint64 // position after the last entry
 }
 
-// A cursor is the place of one reader.
+// An entry is what the room holds under an id: a message, whose line is what people read, its line
+// breaks LF, or an act, whose line begins with "!".
+type entry struct{ id, line string }
+
+const gapLine = "!gap" // the act that says: messages may be missing before this
+
+// keyOf returns what an id is known by. Who posts a message again brings its key; what stands
+// behind it was drawn by the process that accepted it, so that nobody can move the place of readers
+// who sleep at an old id. An id with a dot is that of a foreign line, and its own key.
+func keyOf(id string) string {
+	if end := strings.IndexByte(id, '~'); end >= 0 && strings.IndexByte(id, '.') < 0 {
+		return id[:end]
+	}
+	return id
+}
+
+func newID(key string) string { return key + "~" + strings.ToLower(rand.Text()[:8]) }
+
+// base returns the id of the announced entry before a foreign line, and whether it is one.
+func (e entry) base() (id string, foreign bool) {
+	id, _, foreign = strings.Cut(e.id, ".")
+	return id, foreign
+}
+
+// act tells an act from a message. A foreign line may begin with anything.
+func (e entry) act() bool { return strings.HasPrefix(e.line, "!") && !strings.Contains(e.id, ".") }
+func (e entry) gap() bool { return e.line == gapLine && e.act() }
+
+// A cursor is the place of one reader. Only its reader uses it.
 type cursor struct {
+	after string // until the place is found: the id that the reader has, "" for a newcomer
+	asked uint64 // the question to Redis about it, 0 for none; see broker.ask
+	ring  *ring  // nil until the place is found
 	pos   uint64 // position to read next
-	fresh uint64 // gaps before this position are none to this reader: it came later, or was told
+	told  uint64 // gaps before this position are none to this reader: it came later, or was told
+	goal  uint64 // position behind what there was when it found its place, or was told a gap
+	beats uint64 // of the log, when this last read
 }
 
 // lost is the position of a reader whose place is not in the log.
 const lost = math.MaxUint64
 
-// newLog returns an empty log. Nobody gets anything from it until join is called.
-func newLog(history int, grace time.Duration) *Log {
-	l := &Log{history: history, grace: grace, ring: make([]entry, ringSize),
-		index: map[string]uint64{}, newest: "0", wake: make(chan struct{})}
+// restart makes the reader a newcomer who begins at pos.
+func (c *cursor) restart(r *ring, pos uint64) {
+	c.ring, c.pos, c.told, c.goal = r, pos, r.next, r.next
+}
+
+// News is what a reader is to be told next.
+type news struct {
+	frames  []byte          // entries, or a gap; must not be changed
+	gap     bool            // it is a gap: what comes then does not join what came before
+	ping    bool            // a heartbeat has passed, and nothing is new
+	unknown bool            // the reader's place is not known yet
+	more    bool            // there is more at once
+	ended   bool            // behind the frames the log ends
+	wake    <-chan struct{} // closed when there may be more
+	settled <-chan struct{} // closed when an unknown place may have been settled; nil without Redis
+}
+
+// newLog returns a log of which nobody gets anything until it is built.
+func newLog(size, history int) *Log {
+	l := &Log{size: size, history: history, wake: make(chan struct{})}
 	l.beat = time.AfterFunc(heartbeat, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
+		l.beats++
 		l.broadcast()
 	})
 	return l
@@ -487,144 +629,56 @@ func (l *Log) broadcast() {
 	}
 }
 
-// at returns the entry at a position that is held. The caller holds mu.
-func (l *Log) at(pos uint64) *entry { return &l.ring[pos%ringSize] }
-
-// add puts a message, or a gap, at the end. The caller holds mu, has seen that the id is not
-// known, and wakes the readers.
-func (l *Log) add(m message) {
-	if l.next-l.oldest == ringSize {
-		old := l.at(l.oldest)
-		delete(l.index, old.id)
-		if old.announced() {
-			l.count--
-		}
-		l.oldest++
-	}
-	// A gap has a page of its own, so that it can be left out.
-	frame, size := gapFrame, len(gapFrame)
-	if m.id != "" {
-		frame = encode(m)
-		size = max(pageSize, len(frame))
-		l.index[m.id] = l.next
-	}
-	if m.announced() {
-		l.newest = m.id
-		l.count++
-	}
-	if l.page == nil || m.id == "" || len(l.page.buf)+len(frame) > cap(l.page.buf) {
-		l.page = &page{buf: make([]byte, 0, size)}
-	}
-	*l.at(l.next) = entry{message: m, page: l.page, off: len(l.page.buf)}
-	l.page.buf = append(l.page.buf, frame...)
-	l.next++
-	l.page.next = l.next
-}
-
-// append adds the message unless its id is known.
-func (l *Log) append(m message) {
+// append adds the entry unless its key is known, and returns the id of the entry that has the key.
+func (l *Log) append(e entry) (id string, added bool) {
+	frame := encode(e)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if _, known := l.index[m.id]; !known {
-		l.add(m)
-		l.broadcast()
+	if pos, known := l.ring.index[keyOf(e.id)]; known {
+		return l.ring.at(pos).id, false
 	}
+	l.ring.add(e, frame)
+	l.broadcast()
+	return e.id, true
 }
 
-// merge takes in what the first upTo messages of the room's list in Redis hold and this log
-// lacks, and reports whether the list has every announced message of the log. What stands in
-// the list before all that is known here is older than this log, and stays out.
-//
-// A gap comes first when the log has missed something for good: when its newest message is not
-// in the list (an empty one was forgotten and says nothing), when it has only foreign lines and
-// the list is full, so that its head may be lost, or when it lacks a message that stands before
-// one it has. Then the processes disagree on what comes before the messages taken, unless the log
-// was just away for a whole list, and a reader that comes with one of their ids has to be told as
-// well.
-func (l *Log) merge(list []message, upTo int) (complete bool) {
+// rebuild makes these, of which no two have the same key, the entries of the log. If cut there
+// were older ones once, so that who has read nothing yet has missed something.
+func (l *Log) rebuild(entries []entry, cut bool) {
+	r := newRing(l.size)
+	if cut {
+		r.next, r.oldest = 1, 1
+	}
+	for _, e := range entries {
+		r.add(e, encode(e))
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	defer l.broadcast()
-	// All is looked up before anything is added, since adding pushes the oldest out.
-	listed, met, gap := map[string]bool{}, false, false
-	var missing []message
-	for i, m := range list {
-		_, known := l.index[m.id]
-		known = known || m.id == l.newest // which foreign lines may have pushed out
-		switch {
-		case listed[m.id] || !known && i >= upTo: // a second attempt of the same post, or not yet
-		case known && !met:
-			met, missing = true, nil
-		case known:
-			gap = gap || len(missing) > 0
-		default:
-			missing = append(missing, m)
-		}
-		listed[m.id] = true
-	}
-	if len(list) > 0 && !listed[l.newest] {
-		gap = gap || l.newest != "0" || l.next > 0 && len(list) >= ringSize
-	}
-	switch {
-	case l.next == 0 && len(list) >= ringSize:
-		l.next, l.oldest = 1, 1 // a full list may have lost its head: cursor 0 is before it
-	case gap && l.at(l.next-1).id != "":
-		l.add(message{})
-	}
-	for _, m := range missing {
-		l.add(m)
-		l.at(l.next - 1).unsure = gap && len(list) < ringSize
-	}
-	return l.covered(listed, len(list) >= ringSize)
-}
-
-// covered tells whether the list has every announced message of the log. A full list has no
-// room for what is older than the first one that both have. The caller holds mu.
-func (l *Log) covered(listed map[string]bool, full bool) bool {
-	met := !full
-	for pos := l.oldest; pos < l.next; pos++ {
-		m := l.at(pos)
-		met = met || listed[m.id]
-		if met && m.announced() && !listed[m.id] {
-			return false
-		}
-	}
-	return true
-}
-
-// posted returns the announced messages held, oldest first.
-func (l *Log) posted() []message {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	list := make([]message, 0, l.count)
-	for pos := l.oldest; pos < l.next; pos++ {
-		if m := l.at(pos).message; m.announced() {
-			list = append(list, m)
-		}
-	}
-	return list
-}
-
-// size returns how many announced messages are held.
-func (l *Log) size() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.count
-}
-
-// join says that messages flow from now on.
-func (l *Log) join() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.joined, l.begun = time.Now(), true
+	l.ring = r
 	l.broadcast()
 }
 
-// leave says that they do not until the next join. There is nothing new in that for anybody.
-func (l *Log) leave() {
+// entries returns what is held, oldest first.
+func (l *Log) entries() (all []entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.joined = time.Time{}
+	if l.ring == nil {
+		return nil
+	}
+	for pos := l.ring.oldest; pos < l.ring.next; pos++ {
+		all = append(all, l.ring.at(pos).entry)
+	}
+	return all
+}
+
+// held returns how many entries there are.
+func (l *Log) held() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ring == nil {
+		return 0
+	}
+	return int(l.ring.next - l.ring.oldest)
 }
 
 // close ends every reader once it has read to the end.
@@ -636,174 +690,205 @@ func (l *Log) close() {
 	l.broadcast()
 }
 
-// has tells whether the message is here, and returns the channel to wait on if it is not.
-func (l *Log) has(id string) (known bool, wake <-chan struct{}) {
+// has returns the id of the entry with this key, "" if there is none, and then what to wait on.
+func (l *Log) has(key string) (id string, wake <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	_, known = l.index[id]
-	return known, l.wake
-}
-
-// firstAsked returns since when polls have asked for an id that is not known. A poll ends before
-// it can wait for it; without this memory the next one would begin to wait anew, for ever. Beyond
-// maxAsked ids in askedFor it returns the zero time: such an id is given up at once, so that whoever
-// makes ids up makes nobody wait, at the price of a gap that may be none.
-func (l *Log) firstAsked(id string) time.Time {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if time.Since(l.askedSince) > askedFor {
-		l.asked, l.askedSince = map[string]time.Time{}, time.Now()
+	if l.ring != nil {
+		if pos, known := l.ring.index[key]; known {
+			return l.ring.at(pos).id, nil
+		}
 	}
-	if _, again := l.asked[id]; !again && len(l.asked) < maxAsked {
-		l.asked[id] = time.Now()
-	}
-	return l.asked[id]
+	return "", l.wake
 }
 
-// later tells whether the message id is here and comes after the other, or the other is not.
-func (l *Log) later(id, other string) bool {
+func (l *Log) idOf(key string) string {
+	id, _ := l.has(key)
+	return id
+}
+
+// read returns what is next for a reader, at most a block, and moves the cursor behind it. A reader
+// that fell off the ring's end, or whose place is nowhere, is told a gap and goes on as a newcomer.
+// One that comes to an entry that is a gap is told that, and goes back to where a newcomer begins:
+// what it lacks may stand before. If final, an id that is not here is nowhere.
+func (l *Log) read(c *cursor, final bool) (n news) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	pos, known := l.index[id]
-	otherPos, otherKnown := l.index[other]
-	return known && (!otherKnown || pos > otherPos)
-}
-
-// A place is what the log says of an id that a reader came with.
-type place struct {
-	cursor cursor
-	known  bool
-	next   uint64          // position of the message that comes next
-	joined time.Time       // since when the log is joined; zero while it is not
-	wake   <-chan struct{} // to wait on if it is not known; nil when the log is closed
-}
-
-// find looks up where a reader goes on: after the message it names, at the beginning for "0",
-// with the history for "". A foreign message that is not known here is looked for by the
-// announced one before it. What cannot be an id has no place, which is known at once; nothing
-// is known before the first join.
-func (l *Log) find(id string) place {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	p := place{next: l.next, joined: l.joined, wake: l.wake}
-	if l.closed {
-		p.wake = nil
-	}
-	base, rest, _ := strings.Cut(id, ".")
-	pos, exact := l.index[id]
-	basePos, near := l.index[base]
+	beat := c.beats != l.beats
+	c.beats = l.beats
+	n.unknown = !l.place(c, final)
+	r := c.ring
 	switch {
-	case !l.begun:
-	case id == "":
-		p.cursor, p.known = l.recent(), true
-	case exact && l.at(pos).unsure,
-		!exact && near && l.at(basePos).unsure && rest != hadGapBefore && rest != hadGapBehind:
-		p.cursor.pos, p.known = lost, true
-	case exact:
-		p.cursor, p.known = cursor{pos: pos + 1}, true
-	case id == "0":
-		p.known = true
-	case !validID(id):
-		p.cursor.pos, p.known = lost, true
-	case near && rest == hadGapBehind:
-		p.cursor, p.known = cursor{pos: basePos + 1, fresh: basePos + 2}, true
-	case near:
-		p.cursor, p.known = cursor{pos: basePos + 1}, true
-	case base == "0":
-		p.known = true
+	case n.unknown:
+	case c.pos < r.oldest || c.pos > r.next:
+		c.restart(r, r.recent(l.history))
+		n.frames, n.gap = gapFrame, true
+	default:
+		for c.pos < min(r.next, c.told) && r.at(c.pos).gap() {
+			c.pos++
+		}
+		if c.pos == r.next {
+			break
+		}
+		s := r.at(c.pos)
+		n.frames, n.gap = s.block.buf[s.off:], s.gap()
+		if c.pos = s.block.next; n.gap {
+			c.restart(r, min(c.pos, r.recent(l.history)))
+		}
 	}
-	return p
+	n.ping = beat && len(n.frames) == 0
+	n.more = !n.unknown && c.pos < r.next
+	n.ended = l.closed && !n.more
+	n.wake = l.wake
+	return n
 }
 
-// Behind a dot after an id, these say which gap its reader has had, so that it is not told again
-// each time it comes back. They look like a foreign line's id, which no log holds, so that where
-// there is no such gap the reader just goes on after the message. (A gap behind a foreign line is
-// told again: its id has no room for more.)
-const (
-	hadGapBefore = "aaaaaaaa" // the one before an unsure message
-	hadGapBehind = "bbbbbbbb" // the one behind any announced message
-)
+// place finds where a reader goes on: after the id it has, at the beginning for "0", with the
+// history for ""; in a log that was built anew, where it stood before. It returns false while that
+// is not known. The caller holds mu.
+func (l *Log) place(c *cursor, final bool) bool {
+	r := l.ring
+	if r == nil || c.ring == r {
+		return r != nil
+	}
+	if c.ring == nil && c.after == "" {
+		c.restart(r, r.recent(l.history))
+		return true
+	}
+	pos, known := uint64(lost), false
+	if c.ring == nil {
+		if valid := c.after == "0" || validID(c.after); valid {
+			pos, known = r.behind(c.after)
+			if !known && !final {
+				return false
+			}
+		}
+	} else {
+		pos, known = r.carry(c.ring, c.pos)
+	}
+	if !known {
+		pos = lost
+	}
+	*c = cursor{ring: r, pos: pos, goal: r.next, beats: c.beats}
+	return true
+}
 
-// recent is a newcomer's cursor, before the newest messages. The caller holds mu.
-func (l *Log) recent() cursor {
-	pos := l.next
-	for n := 0; pos > l.oldest && n < l.history; pos-- {
-		if l.at(pos-1).id != "" {
+// before returns the id with which a reader at the cursor comes back; "" if that is not known.
+func (l *Log) before(c *cursor) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c.ring == nil {
+		return ""
+	}
+	return c.ring.before(c.pos)
+}
+
+func newRing(size int) *ring {
+	return &ring{slots: make([]slot, size), index: make(map[string]uint64, size)}
+}
+
+// at returns the slot of a position that is held.
+func (r *ring) at(pos uint64) *slot { return &r.slots[pos%uint64(len(r.slots))] }
+
+// add puts an entry, whose key is not known, and its frame at the end.
+func (r *ring) add(e entry, frame []byte) {
+	if r.next-r.oldest == uint64(len(r.slots)) {
+		delete(r.index, keyOf(r.at(r.oldest).id))
+		r.oldest++
+	}
+	alone := e.gap()
+	if r.block == nil || alone || len(r.block.buf)+len(frame) > cap(r.block.buf) {
+		size := max(blockSize, len(frame))
+		if alone {
+			size = len(frame)
+		}
+		r.block = &block{buf: make([]byte, 0, size)}
+	}
+	*r.at(r.next) = slot{e, r.block, len(r.block.buf)}
+	r.block.buf = append(r.block.buf, frame...)
+	r.index[keyOf(e.id)] = r.next
+	r.next++
+	r.block.next = r.next
+}
+
+// behind returns the position after an id. A foreign line that is not here is looked for by the
+// announced one before it.
+func (r *ring) behind(id string) (pos uint64, known bool) {
+	if id == "0" {
+		return 0, true
+	}
+	if pos, known = r.index[keyOf(id)]; known && r.at(pos).id == id {
+		return pos + 1, true
+	}
+	if base, foreign := (entry{id: id}).base(); foreign {
+		return r.behind(base)
+	}
+	return 0, false
+}
+
+// before returns the id of the entry before a position: "0" at the beginning, "" if it is not held.
+func (r *ring) before(pos uint64) string {
+	switch {
+	case pos == 0:
+		return "0"
+	case pos <= r.oldest || pos > r.next:
+		return ""
+	}
+	return r.at(pos - 1).id
+}
+
+// carry returns where a position of the ring before this one is now: behind the same entry or, at
+// the end of that ring, where it is not held any more, before the same.
+func (r *ring) carry(old *ring, pos uint64) (now uint64, known bool) {
+	if id := old.before(pos); id != "" {
+		return r.behind(id)
+	}
+	if pos == old.oldest && pos < old.next {
+		id := old.at(pos).id
+		now, known = r.index[keyOf(id)]
+		return now, known && r.at(now).id == id
+	}
+	return 0, false
+}
+
+// recent returns the position before the newest messages, where a newcomer begins.
+func (r *ring) recent(messages int) uint64 {
+	pos := r.next
+	for n := 0; pos > r.oldest && n < messages; pos-- {
+		if !r.at(pos - 1).act() {
 			n++
 		}
 	}
-	return cursor{pos: pos, fresh: l.next}
+	return pos
 }
 
-// read returns the next frames, at most a page, and moves the cursor behind them. A reader that
-// fell off the ring's end gets the gap, and goes on as a newcomer. With wake the reader is at
-// the end and waits there; woken for nothing, it was the heartbeat or a join. Without frames and
-// wake the log is closed.
-func (l *Log) read(c *cursor) (frames []byte, wake <-chan struct{}) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if c.pos < l.oldest || c.pos > l.next {
-		*c = l.recent()
-		return gapFrame, nil
-	}
-	for c.pos < min(l.next, c.fresh) && l.at(c.pos).id == "" {
-		c.pos++
-	}
-	if c.pos < l.next {
-		e := l.at(c.pos)
-		frames, c.pos = e.page.buf[e.off:], e.page.next
-	}
-	if c.pos == l.next && !l.closed {
-		wake = l.wake
-	}
-	return frames, wake
-}
-
-// before returns the id with which a reader at the cursor comes back: of the newest message before
-// it, with a mark if the reader was told a gap there; "0" if there is no message before it, and ""
-// if the log has forgotten it.
-func (l *Log) before(c cursor) string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	behindGap := false
-	for pos := c.pos; pos > l.oldest; pos-- {
-		switch e := l.at(pos - 1); {
-		case e.id == "":
-			behindGap = true
-		case behindGap && e.announced():
-			return e.id + "." + hadGapBehind
-		case e.unsure:
-			return e.id + "." + hadGapBefore
-		default:
-			return e.id
-		}
-	}
-	if l.oldest > 0 {
-		return ""
-	}
-	return "0"
-}
-
-// The frames of the events that are not messages. The empty data line makes a browser
-// dispatch them, and without an id they leave its Last-Event-ID alone; pingAt has one.
+// The frames of the events that are not messages and have no id. The empty data line makes a
+// browser dispatch them (HTML, section 9.2.6); without an id they leave its Last-Event-ID alone.
 var (
 	gapFrame  = []byte("event: gap\ndata:\n\n")
 	waitFrame = []byte("event: wait\ndata:\n\n")
 	pingFrame = []byte("event: ping\ndata:\n\n")
 )
 
-// encode returns the frame of a message: a data line for each line of its text. A browser takes
-// one space after the colon away (HTML, section 9.2.6), so the text's own first space is safe.
-func encode(m message) []byte {
-	b := make([]byte, 0, len(m.id)+len(m.line)+32)
-	b = append(append(append(b, "id: "...), m.id...), '\n')
-	for line := range strings.SplitSeq(m.line, "\n") {
+// encode returns the frame of an entry: a data line for each line of a message's text. A browser
+// takes one space after the colon away (HTML, section 9.2.6), so the text's own first space is safe.
+// Of an act that this version does not know only the id counts, and nothing is shown.
+func encode(e entry) []byte {
+	switch {
+	case e.gap():
+		return fmt.Appendf(nil, "event: gap\nid: %s\ndata:\n\n", e.id)
+	case e.act():
+		return nil
+	}
+	b := make([]byte, 0, len(e.id)+len(e.line)+32)
+	b = append(append(append(b, "id: "...), e.id...), '\n')
+	for line := range strings.SplitSeq(e.line, "\n") {
 		b = append(append(append(b, "data: "...), line...), '\n')
 	}
 	return append(b, '\n')
 }
 
-// pingAt returns the ping that tells a reader it is up to date as of the message id.
+// pingAt returns the ping that tells a reader it is up to date as of this id.
 func pingAt(id string) []byte {
 	if id == "" {
 		return pingFrame
@@ -811,26 +896,33 @@ func pingAt(id string) []byte {
 	return fmt.Appendf(nil, "event: ping\nid: %s\ndata:\n\n", id)
 }
 
-// retryFrame tells the browser when to come back after the answer has ended: after low to high
-// milliseconds, so that a class does not come back in one instant.
-func retryFrame(low, high int) []byte {
-	return fmt.Appendf(nil, "retry: %d\n\n", low+mathrand.IntN(high-low+1))
+// retryLine tells the browser when to come back after the answer has ended: after low to high
+// milliseconds, so that a class does not come back in one instant. It stands in the block of an
+// event, because some clients take a block of its own for an empty message.
+func retryLine(low, high int) []byte {
+	return fmt.Appendf(nil, "retry: %d\n", low+mathrand.IntN(high-low+1))
 }
 
-// validKey tells whether s can be an Idempotency-Key, and so the id of an announced message.
+// validKey tells whether s can be an Idempotency-Key.
 func validKey(s string) bool {
 	return len(s) >= 16 && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
 		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '_' || r == '-')
 	})
 }
 
-// validID tells whether s can be an id of a message, so that it may be on its way from Redis.
+// validID tells whether s can be the id of an entry, so that it may be on its way from Redis.
 func validID(s string) bool {
 	base, hash, foreign := strings.Cut(s, ".")
-	if !foreign {
-		return validKey(s)
+	if foreign && (len(hash) != 8 || strings.Trim(hash, "abcdefghijklmnopqrstuvwxyz") != "") {
+		return false
 	}
-	return (base == "0" || validKey(base)) && len(hash) == 8 && strings.Trim(hash, "abcdefghijklmnopqrstuvwxyz") == ""
+	return announcedID(base) || foreign && base == "0"
+}
+
+// announcedID tells whether s can be the id of an entry that is not a foreign line.
+func announcedID(s string) bool {
+	key, tail, _ := strings.Cut(s, "~")
+	return validKey(key) && len(tail) == 8 && strings.Trim(tail, "abcdefghijklmnopqrstuvwxyz234567") == ""
 }
 
 // clean returns s as the room shows it: CRLF, CR and U+2028 are line breaks (LF), bytes that
@@ -900,20 +992,25 @@ func cleanName(s string) (name, reason string) {
 
 // A signer makes and checks the values of session cookies.
 type signer struct {
-	key  []byte
-	id   string    // names the key in a value, and tells nothing of it
-	sure time.Time // until then an older key may turn out to be the room's
+	key   []byte
+	drawn time.Time // when the cookie key was drawn, zero if it does not say
 }
 
 // newSigner derives the signing key, so that another password is another key and ends every
 // session.
-func newSigner(key, password string, sure time.Time) *signer {
+func newSigner(key, password string) *signer {
 	mac := hmac.New(sha256.New, []byte(key))
 	mac.Write([]byte("chat session v1" + password))
-	k := &signer{key: mac.Sum(nil), sure: sure}
-	k.id = k.mac("id")[:6]
+	k := &signer{key: mac.Sum(nil)}
+	text, _, _ := strings.Cut(key, "-")
+	if ns, err := strconv.ParseInt(text, 16, 64); err == nil && len(text) == 16 {
+		k.drawn = time.Unix(0, ns)
+	}
 	return k
 }
+
+// drawKey returns a new cookie key, which begins with the time.
+func drawKey(now time.Time) string { return fmt.Sprintf("%016x-%s", now.UnixNano(), rand.Text()) }
 
 // A session is what a cookie says: who, until when, and which login it was.
 type session struct {
@@ -921,11 +1018,11 @@ type session struct {
 	expires  time.Time
 }
 
-// sign returns the cookie's value: version, key, expiry, id and name, and the MAC over these as
-// they stand. The name is encoded because http.SetCookie drops what RFC 6265 forbids.
+// sign returns the cookie's value: version, expiry, id and name, and the MAC over these as they
+// stand. The name is encoded because http.SetCookie drops what RFC 6265 forbids.
 func (k *signer) sign(s session) string {
 	name := base64.RawURLEncoding.EncodeToString([]byte(s.name))
-	body := fmt.Sprintf("v1.%s.%d.%s.%s", k.id, s.expires.Unix(), s.id, name)
+	body := fmt.Sprintf("v1.%d.%s.%s", s.expires.Unix(), s.id, name)
 	return body + "." + k.mac(body)
 }
 
@@ -943,18 +1040,20 @@ func (k *signer) verify(value string, now time.Time) (s session, ok bool) {
 		return s, false
 	}
 	part := strings.Split(value[:dot], ".")
-	if len(part) != 5 || part[0] != "v1" {
+	if len(part) != 4 || part[0] != "v1" {
 		return s, false
 	}
-	expires, err := strconv.ParseInt(part[2], 10, 64)
-	name, err2 := base64.RawURLEncoding.DecodeString(part[4])
-	s = session{id: part[3], name: string(name), expires: time.Unix(expires, 0)}
+	expires, err := strconv.ParseInt(part[1], 10, 64)
+	name, err2 := base64.RawURLEncoding.DecodeString(part[3])
+	s = session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}
 	return s, err == nil && err2 == nil && now.Before(s.expires)
 }
 
-// otherKey tells whether a value names another key, which may yet turn out to be the room's.
-func (k *signer) otherKey(value string, now time.Time) bool {
-	return now.Before(k.sure) && !strings.HasPrefix(value, "v1."+k.id+".")
+// young tells whether the key was drawn so lately that an older one may yet turn out to be the
+// room's: Redis had forgotten it, and who holds it puts it back.
+func (k *signer) young(now time.Time) bool {
+	age := now.Sub(k.drawn)
+	return 0 <= age && age < keyGrace
 }
 
 // cookieName is the name of the session cookie. Ports of a host share their cookies, so there
@@ -981,9 +1080,9 @@ type limiter struct {
 	every time.Duration // 0: no limit
 	burst int
 
-	mu    sync.Mutex // guards full and sweep
-	full  map[string]time.Time
-	sweep int // above this size, keys whose moment has passed are taken out of full
+	mu    sync.Mutex           // guards all below
+	whole map[string]time.Time // key → when its tokens are all back
+	limit int                  // above this size, keys whose moment has passed are taken out of whole
 }
 
 // take takes a token, or returns how long until there is one.
@@ -993,23 +1092,23 @@ func (l *limiter) take(key string, now time.Time) (wait time.Duration) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.full == nil || len(l.full) > l.sweep {
+	if l.whole == nil || len(l.whole) > l.limit {
 		kept := map[string]time.Time{}
-		for k, t := range l.full {
+		for k, t := range l.whole {
 			if t.After(now) {
 				kept[k] = t
 			}
 		}
-		l.full, l.sweep = kept, 2*len(kept)+1000
+		l.whole, l.limit = kept, 2*len(kept)+1000
 	}
-	full := l.full[key]
-	if full.Before(now) {
-		full = now
+	whole := l.whole[key]
+	if whole.Before(now) {
+		whole = now
 	}
-	if wait = full.Sub(now) - time.Duration(l.burst-1)*l.every; wait > 0 {
+	if wait = whole.Sub(now) - time.Duration(l.burst-1)*l.every; wait > 0 {
 		return wait
 	}
-	l.full[key] = full.Add(l.every)
+	l.whole[key] = whole.Add(l.every)
 	return 0
 }
 
@@ -1017,638 +1116,16 @@ func (l *limiter) take(key string, now time.Time) (wait time.Duration) {
 func (l *limiter) giveBack(key string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if full, ok := l.full[key]; ok {
-		l.full[key] = full.Add(-l.every)
+	if whole, ok := l.whole[key]; ok {
+		l.whole[key] = whole.Add(-l.every)
 	}
-}
-
-// A broker shares the log with other processes through Redis. It keeps two connections: one
-// subscribes, one publishes. When anything on them is not as it should be, both are closed and
-// the broker joins again, so there is one way back from every fault.
-type broker struct {
-	url     string
-	channel string
-	key     string // cookie key to share; "" until it is known
-	ownKey  bool   // the key came from CHAT_KEY and stays out of Redis
-	gotKey  func(key string, sure time.Time)
-	log     *Log
-	logf    func(format string, args ...any)
-
-	posts chan *post
-	start time.Time    // of the broker; heard counts from it, so that a changed clock is no matter
-	heard atomic.Int64 // when the subscription last brought a line or our probe, in ns after start
-
-	mu   sync.Mutex // guards away
-	away error      // why the room is not joined; nil while it is
-
-	// Foreign lines are numbered among equal ones since the announced line before them.
-	// Used only by the goroutine that follows the subscription, and before it starts.
-	base string // id of that line, "0" before the first
-	seen map[[sha256.Size]byte]int
-}
-
-// A post is a message on its way to Redis.
-type post struct {
-	message
-	done chan error // gets the outcome of EXEC; buffered, so that nobody waits to give it
-}
-
-var (
-	errNotJoined = errors.New("not joined yet")
-	errProbe     = errors.New("what is published does not come back")
-	errForgot    = errors.New("the history or the key was forgotten or written anew")
-)
-
-func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string, time.Time)) *broker {
-	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
-		gotKey: gotKey, log: l, logf: logf, posts: make(chan *post), away: errNotJoined, base: "0", start: time.Now()}
-}
-
-// run keeps the room joined until ctx ends. It logs changes of state, not attempts.
-//
-// While Redis is away posts get 503, readers stay connected and hear pings, and nothing is
-// appended. To join again is to agree on the key, subscribe, take the list into the log, write it
-// back if it lacks something, and see that what is published comes back.
-func (b *broker) run(ctx context.Context) {
-	for pause := time.Duration(0); ; {
-		start := time.Now()
-		err := b.stay(ctx)
-		if ctx.Err() != nil {
-			return
-		}
-		b.leave(err)
-		pause = nextPause(pause, time.Since(start))
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(pause/2 + mathrand.N(pause)):
-		}
-	}
-}
-
-// nextPause is how long to wait after a stay and the pause before it; after a long one, as if it
-// were the first.
-func nextPause(pause, stayed time.Duration) time.Duration {
-	if stayed > 2*redisSilence {
-		return minBackoff
-	}
-	return min(max(2*pause, minBackoff), maxBackoff)
-}
-
-// leave notes why the room is away, and says so once.
-func (b *broker) leave(err error) {
-	b.mu.Lock()
-	was := b.away
-	b.away = err
-	b.mu.Unlock()
-	if was == nil || was == errNotJoined {
-		b.log.leave()
-		hint := ""
-		if op, ok := errors.AsType[*net.OpError](err); was == errNotJoined && ok && op.Op == "dial" {
-			hint = "; start it, or leave -redis out for a room in memory"
-		}
-		b.logf("redis is away, trying again until it answers: %v%s", err, hint)
-	}
-}
-
-// join notes that messages flow.
-func (b *broker) join() {
-	b.mu.Lock()
-	was := b.away
-	b.away = nil
-	b.mu.Unlock()
-	if was != nil {
-		b.log.join()
-		b.logf("redis is joined, %d messages held", b.log.size())
-	}
-}
-
-// state returns why the room is away, nil while it is not.
-func (b *broker) state() error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.away
-}
-
-// publish puts the message into the room and returns when it has come back, or why that is not
-// sure. It may come back later all the same; the id makes a second attempt harmless.
-func (b *broker) publish(ctx context.Context, m message) error {
-	if err := b.state(); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
-	defer cancel()
-	p := &post{m, make(chan error, 1)}
-	select {
-	case b.posts <- p:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case err := <-p.done:
-		if err != nil {
-			return err
-		}
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	for {
-		known, wake := b.log.has(m.id)
-		if known {
-			return nil
-		}
-		select {
-		case <-wake:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// stay joins the room and stays until something breaks, and returns what did.
-func (b *broker) stay(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // closes both connections
-	pub, err := b.dial(ctx)
-	if err != nil {
-		return err
-	}
-	sub, err := b.dial(ctx)
-	if err != nil {
-		return err
-	}
-	if err := b.shareKey(pub); err != nil {
-		return err
-	}
-	head, err := b.subscribe(sub)
-	if err != nil {
-		return err
-	}
-	probe, err := b.takeList(pub, head)
-	if err != nil {
-		return err
-	}
-	echo, broken := make(chan struct{}, 1), make(chan error, 1)
-	go func() {
-		defer close(broken)
-		broken <- b.follow(sub, probe, echo)
-	}()
-	err = b.serve(pub, probe, echo, broken)
-	cancel()
-	for range broken { // the next stay must be the only one to append
-	}
-	return err
-}
-
-// dial connects to Redis. The connection is closed when ctx ends, also while it logs in.
-func (b *broker) dial(ctx context.Context) (redis.Conn, error) {
-	netDial := func(ctx context.Context, network, addr string) (net.Conn, error) {
-		c, err := (&net.Dialer{Timeout: redisTimeout}).DialContext(ctx, network, addr)
-		if err != nil {
-			return nil, err
-		}
-		context.AfterFunc(ctx, func() { c.Close() })
-		return timelyConn{c}, nil
-	}
-	c, err := redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial),
-		redis.DialReadTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
-	if why, _, echo := strings.Cut(fmt.Sprint(err), ", with args"); echo {
-		err = errors.New(why) // a server that does not know AUTH repeats the password
-	}
-	return c, err
-}
-
-// A timelyConn gives each write redisTimeout. Redigo's own option sets the deadline anew for each
-// command of a batch, and setting one is dear.
-type timelyConn struct{ net.Conn }
-
-func (c timelyConn) Write(b []byte) (int, error) {
-	if err := c.SetWriteDeadline(time.Now().Add(redisTimeout)); err != nil {
-		return 0, err
-	}
-	return c.Conn.Write(b)
-}
-
-// shareKey agrees with the other processes on the key of the cookies: the first one draws it,
-// and whoever holds it puts it back, in case Redis forgot. A key begins with the time at which
-// it was drawn: of two, one of which was drawn while Redis had forgotten the other, the older
-// is the room's, and the other processes are made to join again. A key that was just drawn may
-// lose to an older one for keyGrace: a holder looks at the key every redisSilence, and has
-// redisTimeout to put its own back.
-func (b *broker) shareKey(c redis.Conn) error {
-	if b.ownKey {
-		return nil
-	}
-	name := b.channel + ":key"
-	drawn := fmt.Sprintf("%016x-%s", time.Now().UnixNano(), rand.Text())
-	if _, err := c.Do("SET", name, cmp.Or(b.key, drawn), "NX"); err != nil {
-		return err
-	}
-	found, err := redis.String(c.Do("GET", name))
-	switch {
-	case err != nil:
-		return err
-	case found == "":
-		return fmt.Errorf("%s is empty", name)
-	case b.key == "" || found < b.key:
-		b.key = found
-		sure := time.Now()
-		if found == drawn { // by us, and perhaps before one who knows an older one put that back
-			sure = sure.Add(keyGrace)
-		}
-		b.gotKey(found, sure)
-	case found != b.key:
-		c.Send("SET", name, b.key)
-		_, err = c.Do("PUBLISH", b.channel+":probe", rewritten)
-	}
-	return err
-}
-
-// subscribe starts the subscription and returns the id of the list's newest message as it was
-// at that moment: "" if the list was empty, and a word that no message has for an id if its newest
-// item is not ours. The list itself is read on the other connection: Redis ends a subscriber to
-// whom it owes over 32 MB, or over 8 MB for a minute, and a list can be 64 MB. What was published
-// in between comes twice, and the second copy is dropped.
-func (b *broker) subscribe(c redis.Conn) (head string, err error) {
-	c.Send("MULTI")
-	for _, suffix := range []string{"", ":id", ":probe"} {
-		c.Send("SUBSCRIBE", b.channel+suffix)
-	}
-	c.Send("LRANGE", b.channel+":history", -1, -1)
-	replies, err := results(c.Do("EXEC"))
-	if err != nil {
-		return "", err
-	}
-	newest, err := redis.Strings(replies[len(replies)-1], nil)
-	if len(newest) > 0 {
-		id, _, _ := strings.Cut(newest[0], " ")
-		head = cmp.Or(id, "?")
-	}
-	return head, err
-}
-
-// results returns the replies inside an EXEC, at least one. An error among them counts as the
-// whole's: Redis runs the other commands all the same.
-func results(reply any, err error) ([]any, error) {
-	replies, err := redis.Values(reply, err)
-	for _, r := range replies {
-		if e, bad := r.(redis.Error); bad {
-			return nil, e
-		}
-	}
-	if err == nil && len(replies) == 0 {
-		err = errors.New("a transaction was answered with nothing")
-	}
-	return replies, err
-}
-
-// parseList reads the list's items. What is not "<id> <line>" is not ours and is left out.
-func parseList(reply any) ([]message, error) {
-	items, err := redis.ByteSlices(reply, nil)
-	list := make([]message, 0, len(items))
-	for _, item := range items {
-		id, raw, _ := strings.Cut(string(item), " ")
-		if line := fromRedis(raw); validKey(id) && !blank(line) {
-			list = append(list, message{strings.Clone(id), line}) // else it keeps the whole item
-		}
-	}
-	return list, err
-}
-
-// toRedis and fromRedis turn a line into one without line breaks and back. Other programs write
-// here too, so what comes back is cleaned and, when it is too long, cut.
-func toRedis(line string) string { return strings.ReplaceAll(line, "\n", "\u2028") }
-
-func fromRedis(raw string) string {
-	line, cut := clean(raw, maxLine)
-	if cut {
-		_, last := utf8.DecodeLastRuneInString(line)
-		line = line[:len(line)-last] + "…"
-	}
-	return line
-}
-
-// takeList takes the list into the log, up to head: what stands behind that comes by the
-// subscription too, in its place among the foreign lines. When the list lacks some of the log,
-// Redis has forgotten, and the log is written back. It returns the probe that was published
-// at the moment of the list that was taken or written.
-func (b *broker) takeList(c redis.Conn, head string) (probe string, err error) {
-	for range restoreTries {
-		probe = rand.Text()
-		c.Send("MULTI")
-		c.Send("LRANGE", b.channel+":history", 0, -1)
-		b.queueProbe(c, probe)
-		replies, err := results(redis.DoWithTimeout(c, listTimeout, "EXEC"))
-		if err != nil {
-			return "", err
-		}
-		list, err := parseList(replies[0])
-		if err != nil {
-			return "", err
-		}
-		upTo := seam(list, head)
-		complete := b.log.merge(list, upTo)
-		if upTo > 0 {
-			b.heardOf(list[upTo-1].id)
-		}
-		if complete {
-			return probe, nil
-		}
-		probe = rand.Text() // what went before it is older than the list now
-		if err = b.writeList(c, probe); err != redis.ErrNil {
-			return probe, err
-		}
-	}
-	return "", errors.New("the history is being rewritten by others")
-}
-
-// writeList writes the log as the list, between what is older than the log and what others have
-// added, and makes the other processes join again, for some of it may be new to them. It returns
-// redis.ErrNil when another process was faster: then WATCH made EXEC do nothing, or there was
-// nothing left to do.
-func (b *broker) writeList(c redis.Conn, probe string) error {
-	name := b.channel + ":history"
-	if _, err := c.Do("WATCH", name); err != nil {
-		return err
-	}
-	reply, err := redis.DoWithTimeout(c, listTimeout, "LRANGE", name, 0, -1)
-	if err != nil {
-		return err
-	}
-	list, err := parseList(reply)
-	if err != nil {
-		return err
-	}
-	if b.log.merge(list, len(list)) {
-		_, err = c.Do("UNWATCH")
-		return cmp.Or(err, redis.ErrNil)
-	}
-	// So many stand before the first message that the log knows: they are older than the log.
-	older := slices.IndexFunc(list, func(m message) bool { known, _ := b.log.has(m.id); return known })
-	list = append(list[:max(older, 0)], b.log.posted()...)
-	c.Send("MULTI")
-	c.Send("DEL", name)
-	for _, m := range list[max(len(list)-ringSize, 0):] {
-		c.Send("RPUSH", name, m.id+" "+toRedis(m.line))
-	}
-	c.Send("PUBLISH", b.channel+":probe", rewritten+probe)
-	_, err = results(redis.DoWithTimeout(c, listTimeout, "EXEC"))
-	return err
-}
-
-// rewritten, on the probe channel before the probe of the process that did it, says that the
-// list or the key was written back.
-const rewritten = "rewritten "
-
-// seam returns how many messages the list had when head was its newest.
-func seam(list []message, head string) int {
-	if head == "" {
-		return 0
-	}
-	for i, m := range slices.Backward(list) {
-		if m.id == head {
-			return i + 1
-		}
-	}
-	return len(list) // head was pushed out since, or is not ours
-}
-
-// follow appends what the subscription brings, and returns when it breaks. Redis lets nothing come
-// between the commands of one EXEC, so the id before a line is the line's.
-func (b *broker) follow(sub redis.Conn, probe string, echo chan<- struct{}) error {
-	id := ""          // announces the next line
-	caughtUp := false // with the list that was taken: our own probe has come
-	for {
-		switch m := (redis.PubSubConn{Conn: sub}).ReceiveWithTimeout(0).(type) {
-		case error:
-			return m
-		case redis.Message:
-			switch m.Channel {
-			case b.channel + ":probe":
-				sender, wroteBack := strings.CutPrefix(string(m.Data), rewritten)
-				if wroteBack && sender != probe && caughtUp {
-					return errForgot
-				}
-				if sender == probe {
-					caughtUp = true
-					select {
-					case echo <- struct{}{}:
-					default: // the one before is not taken yet
-					}
-				}
-				continue
-			case b.channel + ":id":
-				if validKey(string(m.Data)) {
-					id = string(m.Data)
-				}
-			case b.channel:
-				b.receive(id, string(m.Data))
-				id = ""
-			}
-			b.heard.Store(int64(time.Since(b.start)))
-		}
-	}
-}
-
-// receive appends a line from Redis, under the id that announced it or one derived from it.
-func (b *broker) receive(id, raw string) {
-	line := fromRedis(raw)
-	switch {
-	case blank(line):
-	case id == "":
-		b.log.append(message{b.foreignID(raw), line})
-	default:
-		b.log.append(message{id, line})
-		b.heardOf(id)
-	}
-}
-
-// heardOf notes that the channel has come to an announced message. A copy of an earlier one
-// changes nothing.
-func (b *broker) heardOf(id string) {
-	if b.log.later(id, b.base) {
-		b.base, b.seen = id, nil
-	}
-}
-
-// foreignID returns the id of a line that no id announced: the announced one before it, a dot,
-// and a hash of the line and of its number among equal lines since. Every process that heard
-// the same derives the same.
-func (b *broker) foreignID(raw string) string {
-	if b.seen == nil || len(b.seen) == ringSize {
-		b.seen = map[[sha256.Size]byte]int{}
-	}
-	sum := sha256.Sum256([]byte(raw))
-	for {
-		b.seen[sum]++
-		hash := sha256.Sum256(fmt.Appendf(sum[:], " %d", b.seen[sum]))
-		for i := range hash {
-			hash[i] = 'a' + hash[i]%26
-		}
-		id := b.base + "." + string(hash[:8])
-		if known, _ := b.log.has(id); !known {
-			return id
-		}
-	}
-}
-
-// serve publishes posts, looks after the key, and probes when nothing was heard for a while, until
-// something breaks. The first probe to come back makes the room joined.
-func (b *broker) serve(pub redis.Conn, probe string, echo <-chan struct{}, broken <-chan error) error {
-	tick := time.NewTimer(probeTimeout)
-	defer tick.Stop()
-	probing := true // the first probe went out with the list
-	for {
-		select {
-		case err := <-broken:
-			return err
-		case p := <-b.posts:
-			if err := b.send(pub, b.batch(p)); err != nil {
-				return err
-			}
-		case <-echo:
-			probing = false
-			b.heard.Store(int64(time.Since(b.start)))
-			b.join()
-			tick.Reset(redisSilence)
-		case <-tick.C:
-			if probing && len(echo) == 0 {
-				return errProbe
-			}
-			if probing {
-				continue // the probe is back, and is taken next
-			}
-			if err := b.checkKey(pub); err != nil {
-				return err
-			}
-			silence := time.Since(b.start) - time.Duration(b.heard.Load())
-			if silence < redisSilence {
-				tick.Reset(redisSilence - silence)
-				continue
-			}
-			if err := b.sendProbe(pub, probe); err != nil {
-				return err
-			}
-			probing = true
-			tick.Reset(probeTimeout)
-		}
-	}
-}
-
-// checkKey sees that the key in Redis is still the room's: forgotten, or drawn anew meanwhile, it
-// would divide the sessions.
-func (b *broker) checkKey(c redis.Conn) error {
-	if b.ownKey {
-		return nil
-	}
-	key, err := redis.String(c.Do("GET", b.channel+":key"))
-	if key != b.key && (err == nil || err == redis.ErrNil) {
-		return errForgot
-	}
-	return err
-}
-
-// sendProbe publishes to the probe channel. It also looks how long the list is, which shows that
-// Redis forgot it, and writes to it, which shows a read-only replica or a key of another type.
-func (b *broker) sendProbe(c redis.Conn, probe string) error {
-	held := b.log.size()
-	c.Send("MULTI")
-	c.Send("LLEN", b.channel+":history")
-	b.queueProbe(c, probe)
-	replies, err := results(c.Do("EXEC"))
-	if err != nil {
-		return err
-	}
-	if length, _ := replies[0].(int64); length < int64(held) {
-		return errForgot
-	}
-	return nil
-}
-
-func (b *broker) queueProbe(c redis.Conn, probe string) {
-	c.Send("LTRIM", b.channel+":history", -ringSize, -1)
-	c.Send("PUBLISH", b.channel+":probe", probe)
-}
-
-// batch returns the post and others that already wait.
-func (b *broker) batch(p *post) []*post {
-	batch := []*post{p}
-	for len(batch) < batchSize {
-		select {
-		case p = <-b.posts:
-			batch = append(batch, p)
-		default:
-			return batch
-		}
-	}
-	return batch
-}
-
-// send publishes a batch in one round trip, each post a transaction of its own, and tells each
-// how it went. On an error the stay is over.
-func (b *broker) send(c redis.Conn, batch []*post) (err error) {
-	defer func() {
-		for _, p := range batch {
-			p.done <- err
-		}
-	}()
-	held := b.log.size()
-	list := b.channel + ":history"
-	for _, p := range batch {
-		line := toRedis(p.line)
-		c.Send("MULTI")
-		c.Send("RPUSH", list, p.id+" "+line)
-		c.Send("LTRIM", list, -ringSize, -1)
-		c.Send("PUBLISH", b.channel+":id", p.id)
-		c.Send("PUBLISH", b.channel, line)
-		c.Send("EXEC")
-	}
-	if err = c.Flush(); err != nil {
-		return err
-	}
-	forgot := false
-	for len(batch) > 0 {
-		replies, err := receiveExec(c)
-		if err != nil {
-			return err
-		}
-		if length, _ := replies[0].(int64); length <= int64(held) {
-			forgot = true
-		}
-		batch[0].done <- nil
-		batch = batch[1:]
-	}
-	if forgot {
-		return errForgot
-	}
-	return nil
-}
-
-// receiveExec receives the replies to MULTI, four queued commands and EXEC. Each has redisTimeout,
-// so that a long way to Redis, which takes its time for a whole batch, is none that broke.
-func receiveExec(c redis.Conn) ([]any, error) {
-	var first error
-	for range 5 {
-		if _, err := c.Receive(); err != nil && first == nil {
-			first = err
-		}
-		if c.Err() != nil {
-			return nil, first
-		}
-	}
-	replies, err := results(c.Receive())
-	if first != nil {
-		err = first // says more than that the transaction was discarded
-	}
-	return replies, err
 }
 
 // A server is the room as HTTP shows it.
 type server struct {
 	cfg    *config
 	logf   func(format string, args ...any)
-	log    *Log
-	broker *broker                // nil: the room is in memory
+	room   *room
 	signer atomic.Pointer[signer] // nil while the key is not known
 	urls   []string               // where the room can be opened
 
@@ -1658,15 +1135,17 @@ type server struct {
 	mux     *http.ServeMux
 	process string // which process this is, for the lesson
 
-	posts, logins, guesses limiter // by session or address, by address, by address
+	posts, floods, logins, guesses limiter // by session or address, and three by address
 
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
 	toldFull             atomic.Int64 // when the log last said that they are too many, in Unix ns
 
-	mu       sync.Mutex // guards streams, and the conn of each until it runs
-	streams  map[*stream]struct{}
-	finished sync.WaitGroup // the goroutines of streams
+	mu       sync.Mutex           // guards all below, and the conn of each stream until it runs
+	streams  map[*stream]struct{} // since before they take their connection over
+	ending   bool                 // no stream may begin
+	cutOff   bool                 // no stream may go on
+	finished sync.WaitGroup       // those in streams
 }
 
 // fileLimit returns how many descriptors the process may open. Linux tells; elsewhere Go has
@@ -1688,19 +1167,14 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s.maxConns, s.maxStreams = capacity(fileLimit())
 	if cfg.rate > 0 {
 		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: postBurst}
+		s.floods = limiter{every: time.Second / floodRate, burst: floodBurst}
 		s.logins = limiter{every: time.Second / loginRate, burst: loginBurst}
 		s.guesses = limiter{every: time.Second / guessRate, burst: guessBurst}
 	}
-	setKey := func(key string, sure time.Time) { s.signer.Store(newSigner(key, cfg.password, sure)) }
-	if cfg.redis != nil {
-		s.log = newLog(cfg.history, unknownGrace)
-		s.broker = newBroker(cfg, s.log, logf, setKey)
-	} else {
-		s.log = newLog(cfg.history, 0)
-		s.log.join()
-	}
+	setKey := func(key string) { s.signer.Store(newSigner(key, cfg.password)) }
+	s.room = newRoom(cfg, logf, setKey)
 	if cfg.key != "" || cfg.redis == nil {
-		setKey(cmp.Or(cfg.key, rand.Text()), time.Now())
+		setKey(cmp.Or(cfg.key, rand.Text()))
 	}
 	s.mux = s.routes()
 	host, _ := os.Hostname()
@@ -1800,14 +1274,14 @@ func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
 		c.Close()
 	}
 	if n > s.maxConns {
-		s.full()
+		s.tellFull()
 		return context.WithValue(ctx, busy{}, true)
 	}
 	return ctx
 }
 
-// full logs, at most once in a while, that not everybody finds room.
-func (s *server) full() {
+// tellFull logs, at most once in a while, that not everybody finds room.
+func (s *server) tellFull() {
 	last, now := s.toldFull.Load(), time.Now().UnixNano()
 	if now-last > int64(fullPause) && s.toldFull.CompareAndSwap(last, now) {
 		s.logf("full: %d of %d connections are open, %d of them may be streams; "+
@@ -1820,10 +1294,14 @@ func (s *server) full() {
 func (s *server) shutdown(srv *http.Server) {
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
-	s.log.close()
+	s.room.log.close()
+	s.mu.Lock()
+	s.ending = true
+	s.mu.Unlock()
 	context.AfterFunc(ctx, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		s.cutOff = true
 		for st := range s.streams {
 			if st.conn != nil {
 				st.conn.Close()
@@ -1871,9 +1349,12 @@ func protect(h http.Header) {
 
 // unavailable answers 503, with a time to come back at which not everybody does.
 func unavailable(w http.ResponseWriter, why string) {
-	w.Header().Set("Retry-After", strconv.Itoa(1+mathrand.IntN(3)))
+	setRetryAfter(w, comeBack())
 	http.Error(w, why, http.StatusServiceUnavailable)
 }
+
+// comeBack is when to try again what cannot be done now: not everybody at once.
+func comeBack() time.Duration { return time.Duration(1+mathrand.IntN(3)) * time.Second }
 
 // setRetryAfter says after how many whole seconds to come back.
 func setRetryAfter(w http.ResponseWriter, wait time.Duration) {
@@ -1914,16 +1395,16 @@ func (s *server) identify(r *http.Request) (session, identity) {
 	if k == nil {
 		return session{}, pending
 	}
-	now, who := time.Now(), invalid
+	now := time.Now()
 	for _, v := range values {
 		if sess, ok := k.verify(v, now); ok {
 			return sess, member
 		}
-		if k.otherKey(v, now) {
-			who = pending
-		}
 	}
-	return session{}, who
+	if k.young(now) {
+		return session{}, pending
+	}
+	return session{}, invalid
 }
 
 const cannotTell = "the room cannot tell who you are until Redis is back"
@@ -2225,7 +1706,7 @@ func (s *server) logout(w http.ResponseWriter, r *http.Request) {
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
 }
 
-// post puts a message into the room. The order of the checks is part of the contract.
+// post is take for a form. What concerns the request comes before what concerns the message.
 func (s *server) post(w http.ResponseWriter, r *http.Request) {
 	sess, ok := s.admit(w, r, true)
 	if !ok {
@@ -2235,52 +1716,79 @@ func (s *server) post(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	id := rand.Text()
+	key := rand.Text()
 	if keys, ok := r.Header["Idempotency-Key"]; ok {
-		if id = keys[0]; !validKey(id) {
-			http.Error(w, "Idempotency-Key wants 16 to 64 of A-Z a-z 0-9 _ -", http.StatusBadRequest)
-			return
-		}
+		key = keys[0]
 	}
-	text := form.Get("message")
-	if !utf8.ValidString(text) || blank(text) {
-		http.Error(w, "message is missing, blank or not UTF-8", http.StatusUnprocessableEntity)
+	got := s.take(r.Context(), newSender(sess, address(r)), key, form.Get("message"))
+	if got.wait > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(got.seconds()))
+	}
+	if got.status != http.StatusNoContent {
+		http.Error(w, got.reason, got.status)
 		return
+	}
+	w.Header().Set("Message-Id", got.id)
+	w.WriteHeader(got.status)
+}
+
+// A sender is who posts. Who has no session is named by the address.
+type sender struct{ id, name, address string }
+
+func newSender(sess session, address string) sender {
+	if sess.name == "" {
+		return sender{"from " + address, "anonymous", address}
+	}
+	return sender{sess.id, sess.name, address}
+}
+
+// An outcome is what became of a message: a status of HTTP, and either the id that it has or why it
+// was refused, with a time after which to come back if that helps.
+type outcome struct {
+	status int
+	id     string
+	reason string
+	wait   time.Duration
+}
+
+// seconds is the time to come back, in whole ones.
+func (o outcome) seconds() int { return int(math.Ceil(o.wait.Seconds())) }
+
+// take puts a message into the room, or says why not. The order of the checks is part of the
+// contract. What is refused, or could not be confirmed, costs the sender nothing of the rate.
+func (s *server) take(ctx context.Context, from sender, key, text string) outcome {
+	if !validKey(key) {
+		return outcome{status: http.StatusBadRequest, reason: "Idempotency-Key wants 16 to 64 of A-Z a-z 0-9 _ -"}
+	}
+	if !utf8.ValidString(text) || blank(text) {
+		return outcome{status: http.StatusUnprocessableEntity, reason: "message is missing, blank or not UTF-8"}
 	}
 	text, cut := clean(text, maxMessage)
 	if cut {
-		http.Error(w, fmt.Sprintf("message is over %d characters", maxMessage), http.StatusRequestEntityTooLarge)
-		return
+		return outcome{status: http.StatusRequestEntityTooLarge,
+			reason: fmt.Sprintf("message is over %d characters", maxMessage)}
 	}
-	if known, _ := s.log.has(id); !known && !s.accept(w, r, sess, id, text) {
-		return
+	if id := s.room.log.idOf(key); id != "" {
+		return outcome{status: http.StatusNoContent, id: id}
 	}
-	w.WriteHeader(http.StatusNoContent)
-}
-
-// accept puts a new message into the room within the sender's rate, or answers why not. What
-// could not be confirmed costs the sender nothing.
-func (s *server) accept(w http.ResponseWriter, r *http.Request, sess session, id, text string) bool {
-	now, sender, name := time.Now(), sess.id, sess.name
-	if name == "" {
-		sender, name = "from "+address(r), "anonymous"
+	now := time.Now()
+	if wait := s.posts.take(from.id, now); wait > 0 {
+		return outcome{status: http.StatusTooManyRequests, reason: "too fast", wait: wait}
 	}
-	if wait := s.posts.take(sender, now); wait > 0 {
-		setRetryAfter(w, wait)
-		http.Error(w, "too fast", http.StatusTooManyRequests)
-		return false
+	if wait := s.floods.take(from.address, now); wait > 0 {
+		s.posts.giveBack(from.id)
+		return outcome{status: http.StatusTooManyRequests, reason: "too much from your address", wait: wait}
 	}
-	m := message{id, now.Format("[15:04:05] ") + name + ": " + text}
-	if s.broker == nil {
-		s.log.append(m)
-	} else if err := s.broker.publish(r.Context(), m); err != nil {
-		if r.Context().Err() == nil { // who hung up may well have posted
-			s.posts.giveBack(sender)
+	id, err := s.room.say(ctx, key, now.Format("[15:04:05] ")+from.name+": "+text)
+	if err != nil {
+		if ctx.Err() == nil { // who hung up may well have posted
+			s.posts.giveBack(from.id)
+			s.floods.giveBack(from.address)
 		}
-		unavailable(w, "not sure that the message is in the room; with its Idempotency-Key it is safe to send it again")
-		return false
+		return outcome{status: http.StatusServiceUnavailable, wait: comeBack(),
+			reason: "not sure that the message is in the room; with its Idempotency-Key it is safe to send it again"}
 	}
-	return true
+	return outcome{status: http.StatusNoContent, id: id}
 }
 
 func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
@@ -2289,16 +1797,14 @@ func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.show(w, r, http.StatusOK, "lesson.html",
-		view{Redis: s.broker != nil, Channel: s.cfg.channel, Process: s.process})
+		view{Redis: s.cfg.redis != nil, Channel: s.cfg.channel, Process: s.process})
 }
 
 func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
-	if s.broker != nil {
-		if err := s.broker.state(); err != nil {
-			unavailable(w, fmt.Sprintf("redis is away: %v", err))
-			return
-		}
+	if why := s.room.away(); why != nil {
+		unavailable(w, fmt.Sprintf("redis is away: %v", why))
+		return
 	}
 	fmt.Fprintln(w, "ok")
 }
@@ -2317,8 +1823,7 @@ func (s *server) asset(w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(f.content))
 }
 
-// stream answers with events. It takes the connection over from net/http, whose handler would
-// cost each reader five times the memory, and leaves it to one goroutine.
+// stream answers with events.
 func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 	if _, ok := s.admit(w, r, false); !ok {
 		return
@@ -2329,39 +1834,16 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	h := w.Header()
-	h.Set("Content-Type", "text/event-stream")
+	h.Set("Content-Type", "text/event-stream; charset=utf-8")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store, no-transform")
 	h.Set("X-Accel-Buffering", "no") // nginx holds answers back otherwise
 	if r.Method == http.MethodHead {
 		return
 	}
-	if !s.enter(st) {
-		s.full()
-		h.Set("Connection", "close") // else it stays open, idle, and counts
-		unavailable(w, "too many streams")
-		return
-	}
-	conn, _, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		s.leave(st)
-		s.logf("taking over a connection: %v", err)
-		return
-	}
 	h.Set("Connection", "close") // the end of the answer is the end of the connection
 	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
-	head := bytes.NewBufferString("HTTP/1.1 200 OK\r\n")
-	h.Write(head)
-	head.WriteString("\r\n")
-	s.mu.Lock()
-	st.conn, st.head = conn, head.Bytes()
-	s.mu.Unlock()
-	s.finished.Go(func() {
-		st.run()
-		conn.Close()
-		s.leave(st)
-		s.conns.Add(-1) // net/http does not tell the end of a connection that was taken over
-	})
+	s.takeOver(w, st, "200 OK")
 }
 
 // newStream reads what a request for events asks for.
@@ -2370,8 +1852,8 @@ func (s *server) newStream(r *http.Request) (*stream, error) {
 	if err != nil {
 		return nil, errors.New("the query is broken")
 	}
-	st := &stream{log: s.log, poll: query.Has("wait"),
-		from: cmp.Or(r.Header.Get("Last-Event-ID"), query.Get("after"))}
+	st := &stream{room: s.room, poll: query.Has("wait")}
+	st.at.after = cmp.Or(r.Header.Get("Last-Event-ID"), query.Get("after"))
 	if st.poll {
 		st.wait, err = time.ParseDuration(query.Get("wait"))
 	}
@@ -2381,149 +1863,925 @@ func (s *server) newStream(r *http.Request) (*stream, error) {
 	return st, nil
 }
 
-// enter makes the stream one of those that shutdown ends, unless there are too many.
-func (s *server) enter(st *stream) bool {
+// takeOver takes the connection of a request from net/http, whose handler would cost each reader
+// five times the memory, and leaves it to one goroutine, which first writes the head of the answer.
+// Shutdown waits for the stream from before that on.
+func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
+	if !s.admitStream(st) {
+		s.tellFull()
+		w.Header().Set("Connection", "close") // else it stays open, idle, and counts
+		unavailable(w, "too many streams")
+		return
+	}
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		s.endStream(st)
+		s.logf("taking over a connection: %v", err)
+		return
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		tcp.SetReadBuffer(readBuffer)
+	}
+	head := bytes.NewBufferString("HTTP/1.1 " + status + "\r\n")
+	w.Header().Write(head)
+	head.WriteString("\r\n")
+	s.mu.Lock()
+	st.conn, st.head = conn, head.Bytes()
+	if s.cutOff {
+		conn.Close()
+	}
+	s.mu.Unlock()
+	go func() {
+		st.run()
+		conn.Close()
+		s.conns.Add(-1) // net/http does not tell the end of a connection that was taken over
+		s.endStream(st)
+	}()
+}
+
+// admitStream makes the stream one of those that shutdown ends and waits for, unless there are too
+// many or the end has begun.
+func (s *server) admitStream(st *stream) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.streams) >= s.maxStreams {
+	if s.ending || len(s.streams) >= s.maxStreams {
 		return false
 	}
 	s.streams[st] = struct{}{}
+	s.finished.Add(1)
 	return true
 }
 
-func (s *server) leave(st *stream) {
+func (s *server) endStream(st *stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.streams, st)
+	s.finished.Done()
 }
 
 // A stream is one reader on its connection.
 type stream struct {
-	log   *Log
+	room  *room
 	conn  net.Conn // guarded by the server's mu until run
-	head  []byte   // of the answer
-	from  string   // the id that the reader has
+	head  []byte   // of the answer, until it is written with the first event
 	poll  bool     // the answer ends when there was something, or after wait
 	wait  time.Duration
 	at    cursor
-	end   uint64    // position of the message that came next when it found its place
 	renew time.Time // when the connection's write deadline is to be set anew
 }
 
-// run writes the head and then events until the reader is gone, its time is over, or the log is
-// closed. Nothing reads the connection: that the reader is gone shows at a later write, of a
-// heartbeat at the latest.
+// run writes events until the reader is gone, its time is over, or the log is closed. Nothing reads
+// the connection: that the reader is gone shows at a later write. If it vanished without a word,
+// that takes as long as the kernel tries to send what it has, in a quiet room a quarter of an hour.
 func (st *stream) run() {
+	end := st.begin()
+	waits, greeted, gap, sent := false, false, false, 0 // told to wait; had the ping after the backlog; a gap; bytes
+	for {
+		n := st.room.next(&st.at)
+		switch {
+		case n.unknown && !waits && !n.ended:
+			waits, n.frames, n.ping = true, waitFrame, false
+			if st.poll {
+				end = time.After(max(st.wait, askTimeout))
+			}
+		case n.gap:
+			greeted, gap = false, true // the next ping says that the reader has had it
+		default:
+			sent += len(n.frames)
+		}
+		if len(n.frames) > 0 && !st.write(n.frames) {
+			return
+		}
+		switch {
+		case st.poll && !n.unknown && st.over(n, gap, sent):
+			st.greet("")
+			return
+		case n.more:
+			continue
+		case n.ended:
+			st.greet(string(retryLine(retryLow, retryHigh)))
+			return
+		case !n.unknown && !greeted:
+			greeted = true
+			if !st.greet("") {
+				return
+			}
+		case n.ping && !st.write(pingFrame):
+			return
+		}
+		select {
+		case <-n.wake:
+		case <-n.settled:
+		case <-end:
+			st.greet("")
+			return
+		}
+	}
+}
+
+// begin puts the line with the time to come back under the head, and returns the channel that tells
+// when a poll is over; nil, and so never, for a stream.
+func (st *stream) begin() (end <-chan time.Time) {
 	low, high := retryLow, retryHigh
-	var end <-chan time.Time // of a long poll; nil, and so never, for a stream
 	if st.poll {
 		low, high = pollRetry, pollRetry
-		if st.wait > 0 {
+		if st.wait = min(st.wait, maxWait); st.wait > 0 {
 			low, high = longLow, longHigh
 		}
-		end = time.After(min(st.wait, maxWait))
+		end = time.After(st.wait)
 	}
-	if !st.write(append(st.head, retryFrame(low, high)...)) || !st.settle(end) {
-		return
-	}
-	st.head, st.from = nil, "" // the rest of the stream's life may be long
-	sent, greeted := 0, false  // bytes of messages; the ping after the backlog or a gap
-	for {
-		frames, wake := st.log.read(&st.at)
-		if len(frames) > 0 && !st.write(frames) {
-			return
-		}
-		if bytes.Equal(frames, gapFrame) {
-			greeted = false // the next ping says that the reader has had it
-		} else {
-			sent += len(frames)
-		}
-		if st.poll && st.over(sent, wake != nil) {
-			st.ping()
-			return
-		}
-		if wake == nil && len(frames) > 0 {
-			continue
-		}
-		if wake == nil {
-			st.write(retryFrame(retryLow, retryHigh))
-			return
-		}
-		if !greeted && !st.ping() || greeted && len(frames) == 0 && !st.write(pingFrame) {
-			return
-		}
-		greeted = true
-		select {
-		case <-wake:
-		case <-end:
-			st.ping()
-			return
-		}
-	}
+	st.head = append(st.head, retryLine(low, high)...)
+	return end
 }
 
-// over tells whether a poll has brought what it is for: what there was when it found its place,
-// or if it is a long one any message. Neither goes on for ever in a room that is faster than its
-// reader.
-func (st *stream) over(sent int, upToDate bool) bool {
-	if st.wait == 0 {
-		return st.at.pos >= st.end
+// over tells whether a poll has brought what it is for: what there was when it found its place or
+// was told a gap, or if it is a long one any message. Neither goes on for ever in a room that is
+// faster than its reader. One that told a gap must come to its ping, or the next one is told again.
+func (st *stream) over(n news, gap bool, sent int) bool {
+	if st.wait == 0 || gap {
+		return st.at.pos >= st.at.goal
 	}
-	return sent > 0 && upToDate || sent >= maxPoll
+	return sent > 0 && !n.more || sent >= maxPoll
 }
 
-// ping tells the reader as of which message it is up to date or, when a poll ends early, which one
-// was its last.
-func (st *stream) ping() bool { return st.write(pingAt(st.log.before(st.at))) }
-
-// settle finds the reader's place. An id that is not known may be on its way from Redis, so the
-// reader is told to wait, for a while that counts only while the room is joined; then its place
-// is lost. It returns false when the answer is over.
-func (st *stream) settle(end <-chan time.Time) bool {
-	came, told := time.Now(), false
-	for {
-		p := st.log.find(st.from)
-		if st.at, st.end = p.cursor, p.next; p.known {
-			return true
-		}
-		if p.wake == nil {
-			st.write(retryFrame(retryLow, retryHigh))
-			return false
-		}
-		var lapsed <-chan time.Time
-		if !p.joined.IsZero() {
-			if st.poll && !told && st.from != "" {
-				came = st.log.firstAsked(st.from)
-			}
-			left := st.log.grace - min(time.Since(came), time.Since(p.joined))
-			if left <= 0 {
-				st.at.pos = lost
-				return true
-			}
-			lapsed = time.After(left)
-		}
-		if !told && !st.write(waitFrame) || told && p.joined.IsZero() && !st.write(pingFrame) {
-			return false
-		}
-		told = true
-		select {
-		case <-p.wake:
-		case <-lapsed:
-		case <-end:
-			st.write(pingFrame)
-			return false
-		}
-	}
+// greet writes the ping that tells the reader as of which entry it is up to date or, when a poll
+// ends early, which one was its last. Before it may come a line in the same block.
+func (st *stream) greet(line string) bool {
+	return st.write(append([]byte(line), pingAt(st.room.log.before(&st.at))...))
 }
 
-// write writes to the reader and reports whether it could. A write, which is a page at most, has
+// write writes to the reader and reports whether it could. A write, which is a block at most, has
 // writeTimeout at least; its deadline is set only now and then, because setting one is dear.
 func (st *stream) write(b []byte) bool {
 	if now := time.Now(); now.After(st.renew) {
 		st.renew = now.Add(writeRenew)
 		st.conn.SetWriteDeadline(now.Add(writeTimeout + writeRenew))
 	}
+	if st.head != nil {
+		b = append(st.head, b...)
+		st.head = nil // the rest of the stream's life may be long
+	}
 	_, err := st.conn.Write(b)
 	return err == nil
+}
+
+// A broker shares the log with other processes through Redis. It keeps two connections: one
+// subscribes, one publishes. When anything on them is not as it should be, both are closed and
+// the broker joins again, so there is one way back from every fault.
+type broker struct {
+	url     string
+	channel string
+	key     string // cookie key to share; "" until it is known
+	ownKey  bool   // the key came from CHAT_KEY and stays out of Redis
+	gotKey  func(key string)
+	log     *Log
+	logf    func(format string, args ...any)
+
+	outgoing chan *post
+	asking   chan struct{} // holds something while there are questions that no round trip answers yet
+
+	mu       sync.Mutex    // guards all below
+	why      error         // the room is away; nil while it is joined
+	asked    uint64        // questions about ids that are not known, so far
+	answered uint64        // so many of them are
+	settled  chan struct{} // closed and replaced when more are
+}
+
+// A post is an entry on its way to Redis.
+type post struct {
+	entry
+	done chan error // gets the outcome of EXEC; buffered, so that nobody waits to give it
+}
+
+var (
+	errNotJoined = errors.New("not joined yet")
+	errSilent    = errors.New("what is published does not come back")
+	errForgot    = errors.New("the history or the key was forgotten or written anew")
+)
+
+func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
+	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
+		gotKey: gotKey, log: l, logf: logf, outgoing: make(chan *post), asking: make(chan struct{}, 1),
+		why: errNotJoined, settled: make(chan struct{})}
+}
+
+// run keeps the room joined until ctx ends. It logs changes of state, not attempts.
+//
+// While Redis is away posts get 503, readers stay connected and hear pings, and nothing is
+// appended. To join again is to agree on the key, subscribe, agree on the list, and see that what
+// is published comes back.
+func (b *broker) run(ctx context.Context) {
+	for pause := time.Duration(0); ; {
+		start := time.Now()
+		err := b.stay(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		b.setAway(err)
+		pause = nextPause(pause, time.Since(start))
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause/2 + mathrand.N(pause)):
+		}
+	}
+}
+
+// nextPause is how long to wait after a stay and the pause before it; after a long one, as if it
+// were the first.
+func nextPause(pause, stayed time.Duration) time.Duration {
+	if stayed > 2*syncEvery {
+		return minBackoff
+	}
+	return min(max(2*pause, minBackoff), maxBackoff)
+}
+
+// setAway notes why the room is away, and says so once.
+func (b *broker) setAway(why error) {
+	b.mu.Lock()
+	was := b.why
+	b.why = why
+	b.mu.Unlock()
+	if was == nil || was == errNotJoined {
+		hint := ""
+		if op, ok := errors.AsType[*net.OpError](why); was == errNotJoined && ok && op.Op == "dial" {
+			hint = "; start it, or leave -redis out for a room in memory"
+		}
+		b.logf("redis is away, trying again until it answers: %v%s", why, hint)
+	}
+}
+
+// setJoined notes that messages flow.
+func (b *broker) setJoined() {
+	b.mu.Lock()
+	was := b.why
+	b.why = nil
+	b.mu.Unlock()
+	if was != nil {
+		b.logf("redis is joined, %d messages held", b.log.held())
+	}
+}
+
+// whyAway returns why the room is away, nil while it is not.
+func (b *broker) whyAway() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.why
+}
+
+// ask asks, once for a cursor, whether the id that it has is on its way, and tells whether that
+// is answered; if not, settled is closed when it may be.
+func (b *broker) ask(c *cursor) (answered bool, settled <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if c.asked == 0 {
+		b.asked++
+		c.asked = b.asked
+		select {
+		case b.asking <- struct{}{}:
+		default:
+		}
+	}
+	return b.answered >= c.asked, b.settled
+}
+
+// questions returns how many have been asked, which a round trip that begins now answers.
+func (b *broker) questions() uint64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	select {
+	case <-b.asking:
+	default:
+	}
+	return b.asked
+}
+
+// settle answers so many questions: a round trip that began after they were asked is over.
+func (b *broker) settle(questions uint64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.answered = questions
+	close(b.settled)
+	b.settled = make(chan struct{})
+}
+
+// publish puts the entry into the room and returns when its key has come back, or why that is not
+// sure.
+func (b *broker) publish(ctx context.Context, e entry) error {
+	key := keyOf(e.id)
+	if id, _ := b.log.has(key); id != "" {
+		return nil
+	}
+	if why := b.whyAway(); why != nil {
+		return why
+	}
+	p := &post{e, make(chan error, 1)}
+	select {
+	case b.outgoing <- p:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-p.done:
+		if err != nil {
+			return err
+		}
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	for {
+		id, wake := b.log.has(key)
+		if id != "" {
+			return nil
+		}
+		select {
+		case <-wake:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// reconcile agrees on one log. mine is what this process has, list what Redis has, oldest first,
+// of which the newest size items are the history and those before them only show which of these are
+// second copies. No two of mine have the same key.
+//
+// The rule: the log is the list. What only mine has goes in behind the entry that it stood behind
+// in mine, or in front if there is none; but in front of a full list it was pushed out, and is let
+// go. A foreign line stays behind the announced entry that its id names, and goes with it.
+//
+// forgot says that announced entries went in: Redis had lost them, so the log has to be written
+// back, with a gap at its end. It ends, because a write only adds to the list, in an order that
+// stays; and it leaves no hole, because an id enters the list once, by a post, or by a write whose
+// gap tells every reader.
+func reconcile(mine, list []entry, size int) (log []entry, forgot bool) {
+	type spot struct{ id, behind string } // an entry of the list, and the key behind which to go
+	const front = ""
+	listed, history := map[string]spot{}, []entry(nil)
+	for i, e := range list {
+		key := keyOf(e.id)
+		if _, copied := listed[key]; copied {
+			continue
+		}
+		listed[key] = spot{e.id, front}
+		if i >= len(list)-size {
+			listed[key] = spot{e.id, key}
+			history = append(history, e)
+		}
+	}
+	behind, at := map[string][]entry{}, front
+	for _, e := range mine {
+		if its, ok := listed[keyOf(e.id)]; ok {
+			at = its.behind
+			continue
+		}
+		place := at
+		base, foreign := e.base()
+		if its, ok := listed[keyOf(base)]; foreign && ok {
+			if place = its.behind; its.id != base {
+				continue
+			}
+		}
+		if place != front || len(list) < size {
+			behind[place] = append(behind[place], e)
+			forgot = forgot || !foreign
+		}
+	}
+	log = behind[front]
+	for _, e := range history {
+		log = append(append(log, e), behind[keyOf(e.id)]...)
+	}
+	return log, forgot
+}
+
+// stay joins the room and stays until something breaks, and returns what did.
+func (b *broker) stay(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // closes both connections
+	pub, err := b.dial(ctx, redisTimeout)
+	if err != nil {
+		return err
+	}
+	sub, err := b.dial(ctx, syncEvery+2*redisTimeout) // a word of ours must come so often
+	if err != nil {
+		return err
+	}
+	if err := b.shareKey(pub); err != nil {
+		return err
+	}
+	if err := b.subscribe(sub); err != nil {
+		return err
+	}
+	f := newFeed(b.log, b.channel)
+	if err := b.takeList(pub, f); err != nil {
+		return err
+	}
+	broken := make(chan error, 1)
+	go func() {
+		defer close(broken)
+		broken <- follow(sub, f)
+	}()
+	err = b.tend(pub, f, broken)
+	cancel()
+	for range broken { // the next stay must be the only one to append
+	}
+	return err
+}
+
+// dial connects to Redis. The connection is closed when ctx ends, also while it logs in.
+func (b *broker) dial(ctx context.Context, patience time.Duration) (redis.Conn, error) {
+	netDial := func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := (&net.Dialer{Timeout: redisTimeout}).DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		context.AfterFunc(ctx, func() { c.Close() })
+		return timelyConn{c, patience}, nil
+	}
+	c, err := redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial),
+		redis.DialTLSHandshakeTimeout(redisTimeout))
+	if why, _, echo := strings.Cut(fmt.Sprint(err), ", with args"); echo {
+		err = errors.New(why) // a server that does not know AUTH repeats the password
+	}
+	return c, err
+}
+
+// A timelyConn bounds progress, not the whole: each write may take redisTimeout, and each read must
+// bring something within patience. So a history of 64 MB may take its time, and a Redis that stands
+// still may not. Redigo's own deadlines, one a reply, would be set much more often, which is dear.
+type timelyConn struct {
+	net.Conn
+	patience time.Duration
+}
+
+func (c timelyConn) Write(b []byte) (int, error) {
+	if err := c.SetWriteDeadline(time.Now().Add(redisTimeout)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(b)
+}
+
+func (c timelyConn) Read(b []byte) (int, error) {
+	if err := c.Conn.SetReadDeadline(time.Now().Add(c.patience)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Read(b)
+}
+
+// SetReadDeadline does nothing: Read has its own.
+func (c timelyConn) SetReadDeadline(time.Time) error { return nil }
+
+// agree returns the value of a string that all processes of the room share and Redis may forget.
+// The first one sets it; whoever holds it puts it back. Of two values, one of which was set while
+// Redis had forgotten the other, one wins, and the other processes are made to join again.
+func (b *broker) agree(c redis.Conn, name, mine string, wins func(one, other string) bool) (string, error) {
+	if _, err := c.Do("SET", name, mine, "NX"); err != nil {
+		return "", err
+	}
+	found, err := redis.String(c.Do("GET", name))
+	if err == nil && found == "" {
+		err = fmt.Errorf("%s is empty", name)
+	}
+	if err != nil || found == mine || wins(found, mine) {
+		return found, err
+	}
+	c.Send("SET", name, mine)
+	_, err = c.Do("PUBLISH", b.channel+":probe", rewritten+rand.Text())
+	return mine, err
+}
+
+// shareKey agrees on the key of the cookies. A key begins with the time at which it was drawn: of
+// two the older is the room's.
+func (b *broker) shareKey(c redis.Conn) error {
+	if b.ownKey {
+		return nil
+	}
+	older := func(one, other string) bool { return one < other }
+	key, err := b.agree(c, b.channel+":key", cmp.Or(b.key, drawKey(time.Now())), older)
+	if err == nil && key != b.key {
+		b.key = key
+		b.gotKey(key)
+	}
+	return err
+}
+
+// subscribe starts the subscription and returns when Redis has confirmed it.
+func (b *broker) subscribe(c redis.Conn) error {
+	sub := redis.PubSubConn{Conn: c}
+	channels := []any{b.channel, b.channel + ":id", b.channel + ":probe"}
+	if err := sub.Subscribe(channels...); err != nil {
+		return err
+	}
+	for range channels {
+		if err, bad := sub.Receive().(error); bad {
+			return err
+		}
+	}
+	return nil
+}
+
+// commit runs a transaction of so many commands and returns their replies.
+func commit(c redis.Conn, want int) ([]any, error) {
+	reply, err := c.Do("EXEC")
+	return results(reply, err, want)
+}
+
+// results returns the replies inside an EXEC, as many as wanted. An error among them counts as the
+// whole's: Redis runs the other commands all the same. It returns redis.ErrNil when a WATCH made
+// EXEC do nothing.
+func results(reply any, err error, want int) ([]any, error) {
+	replies, err := redis.Values(reply, err)
+	for _, r := range replies {
+		if e, bad := r.(redis.Error); bad {
+			return nil, e
+		}
+	}
+	if err == nil && len(replies) != want {
+		err = fmt.Errorf("a transaction of %d commands has %d answers", want, len(replies))
+	}
+	return replies, err
+}
+
+// parseList reads the list's items, and counts all of them. What is not "<id> <line>" is not ours
+// and is left out.
+func parseList(reply any, err error) (list []entry, items int, _ error) {
+	raw, err := redis.ByteSlices(reply, err)
+	for _, item := range raw {
+		id, text, _ := strings.Cut(string(item), " ")
+		if line := fromRedis(text); announcedID(id) && !blank(line) {
+			list = append(list, entry{strings.Clone(id), line}) // else it keeps the whole item
+		}
+	}
+	return list, len(raw), err
+}
+
+// toRedis and fromRedis turn a line into one without line breaks and back. Other programs write
+// here too, so what comes back is cleaned and, when it is too long, cut.
+func toRedis(line string) string { return strings.ReplaceAll(line, "\n", "\u2028") }
+
+func fromRedis(raw string) string {
+	line, cut := clean(raw, maxLine)
+	if cut {
+		_, last := utf8.DecodeLastRuneInString(line)
+		line = line[:len(line)-last] + "…"
+	}
+	return line
+}
+
+// takeList makes the list the log. The seam between list and subscription is a word, published in
+// the same transaction in which the list is read: what the subscription brings before it is in the
+// list or older. The list is read on the other connection, because Redis ends a subscriber to whom
+// it owes over 32 MB, or over 8 MB for a minute, and a list can be 64 MB.
+func (b *broker) takeList(c redis.Conn, f *feed) error {
+	for range restoreTries {
+		f.questions = b.questions()
+		c.Send("MULTI")
+		c.Send("LRANGE", b.channel+":history", 0, -1)
+		c.Send("PUBLISH", b.channel+":probe", f.word)
+		replies, err := commit(c, 2)
+		if err != nil {
+			return err
+		}
+		list, items, err := parseList(replies[0], nil)
+		if err != nil {
+			return err
+		}
+		if f.take(list, items) {
+			return nil
+		}
+		if err = b.writeList(c, f); err != redis.ErrNil {
+			return err
+		}
+	}
+	return errors.New("the history is being rewritten by others")
+}
+
+// writeList writes back what Redis forgot. Every other process joins again then, for some of it may
+// be new to it. It returns redis.ErrNil when the list has changed meanwhile: then nothing is
+// written.
+func (b *broker) writeList(c redis.Conn, f *feed) error {
+	name := b.channel + ":history"
+	if _, err := c.Do("WATCH", name); err != nil {
+		return err
+	}
+	list, _, err := parseList(c.Do("LRANGE", name, 0, -1))
+	if err != nil {
+		return err
+	}
+	log, items := f.restore(list)
+	if items == nil {
+		_, err = c.Do("UNWATCH")
+		return cmp.Or(err, redis.ErrNil)
+	}
+	f.questions = b.questions()
+	c.Send("MULTI")
+	c.Send("DEL", name)
+	for _, e := range items {
+		c.Send("RPUSH", name, e.id+" "+toRedis(e.line))
+	}
+	c.Send("PUBLISH", b.channel+":probe", rewritten+f.word)
+	if _, err = commit(c, len(items)+2); err == nil {
+		f.begin(log, rewritten+f.word, len(items), false)
+		b.logf("redis had forgotten; the history was written back, %d messages", len(items))
+	}
+	return err
+}
+
+// rewritten, on the probe channel before the word of the process that did it, says that the list or
+// the key was written back.
+const rewritten = "rewritten "
+
+// A feed takes in what Redis brings during one stay: first the list, then the subscription.
+type feed struct {
+	log       *Log
+	channel   string
+	word      string        // what this process publishes to hear it come back
+	seam      string        // what comes before it is in the list or older; "" when it has come
+	echo      chan struct{} // gets something when the word has come back
+	questions uint64        // that the word which is under way answers; used by who publishes
+	length    atomic.Int64  // items that the list has at least, while Redis forgets nothing
+
+	id string // announces the next line
+
+	// Foreign lines are numbered among equal ones since the announced entry before them.
+	base string // id of that entry, "0" before the first
+	seen map[[sha256.Size]byte]int
+}
+
+// listSize is how many items the list keeps for a history of so many: behind them second copies
+// show, whose first is older.
+func listSize(history int) int { return history + history/8 }
+
+func newFeed(l *Log, channel string) *feed {
+	return &feed{log: l, channel: channel, word: rand.Text(), echo: make(chan struct{}, 1)}
+}
+
+// take makes the list, of so many items that can be read or not, the log, and returns false if it
+// lacks something that has to be written back first.
+func (f *feed) take(list []entry, items int) bool {
+	log, forgot := reconcile(f.log.entries(), list, f.log.size)
+	if !forgot {
+		f.begin(log, f.word, items, len(list) >= f.log.size)
+	}
+	return !forgot
+}
+
+// restore returns what the log is with what the list lacks, and what then is to be the list: the
+// newest that were announced. Items is nil if the list lacks nothing.
+func (f *feed) restore(list []entry) (log, items []entry) {
+	log, forgot := reconcile(f.log.entries(), list, f.log.size)
+	if !forgot {
+		return nil, nil
+	}
+	log = append(log, entry{newID(rand.Text()), gapLine})
+	for _, e := range log {
+		if _, foreign := e.base(); !foreign {
+			items = append(items, e)
+		}
+	}
+	return log, items[max(0, len(items)-f.log.size):]
+}
+
+// begin makes these entries the log, and lets the subscription continue it behind the seam.
+func (f *feed) begin(log []entry, seam string, items int, cut bool) {
+	f.seam, f.base, f.seen = seam, "0", nil
+	f.length.Store(int64(items))
+	for _, e := range log {
+		if _, foreign := e.base(); !foreign {
+			f.base = e.id
+		}
+	}
+	f.log.rebuild(log, cut)
+}
+
+// least returns how many items the list must have when a command that is sent now is run.
+func (f *feed) least() int64 { return min(f.length.Load(), int64(listSize(f.log.size))) }
+
+// follow hands on what the subscription brings, and returns when it breaks.
+func follow(sub redis.Conn, f *feed) error {
+	for {
+		switch m := (redis.PubSubConn{Conn: sub}).ReceiveWithTimeout(0).(type) {
+		case error:
+			return m
+		case redis.Message:
+			if err := f.hear(m.Channel, string(m.Data)); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// hear takes in what came on a channel. Redis lets nothing come between the commands of one EXEC,
+// so the id before a line is the line's. It returns errForgot when another process has written
+// the list anew.
+func (f *feed) hear(channel, text string) error {
+	switch {
+	case channel == f.channel+":probe" && f.seam != "":
+		if text == f.seam {
+			f.seam = ""
+			f.back()
+		}
+	case f.seam != "":
+	case channel == f.channel+":probe":
+		if strings.HasPrefix(text, rewritten) {
+			return errForgot
+		}
+		if text == f.word {
+			f.back()
+		}
+	case channel == f.channel+":id":
+		if announcedID(text) {
+			f.id = strings.Clone(text)
+		}
+	case channel == f.channel:
+		f.receive(text)
+	}
+	return nil
+}
+
+// back tells that the word has come back.
+func (f *feed) back() {
+	select {
+	case f.echo <- struct{}{}:
+	default: // one that was published by somebody else
+	}
+}
+
+// receive appends a line, under the id that announced it or one derived from that. An announced
+// line that begins like an act is ignored: acts do not come on this channel.
+func (f *feed) receive(raw string) {
+	id, line := f.id, fromRedis(raw)
+	f.id = ""
+	if id != "" {
+		f.length.Add(1)
+	}
+	switch {
+	case blank(line) || id != "" && strings.HasPrefix(line, "!"):
+	case id == "":
+		f.log.append(entry{f.foreignID(raw), line})
+	default:
+		if _, added := f.log.append(entry{id, line}); added { // a copy of an earlier one changes nothing
+			f.base, f.seen = id, nil
+		}
+	}
+}
+
+// foreignID returns the id of a line that no id announced: the announced one before it, a dot,
+// and a hash of the line and of its number among equal lines since. Every process that heard
+// the same derives the same.
+func (f *feed) foreignID(raw string) string {
+	if f.seen == nil || len(f.seen) == f.log.size {
+		f.seen = map[[sha256.Size]byte]int{}
+	}
+	sum := sha256.Sum256([]byte(raw))
+	for {
+		f.seen[sum]++
+		hash := sha256.Sum256(fmt.Appendf(sum[:], " %d", f.seen[sum]))
+		for i := range hash {
+			hash[i] = 'a' + hash[i]%26
+		}
+		id := f.base + "." + string(hash[:8])
+		if f.log.idOf(id) == "" {
+			return id
+		}
+	}
+}
+
+// tend publishes posts and sends the word on its round trips, until something breaks: every
+// syncEvery, and when somebody asks for an id that is not known. Only one is under way at a time.
+// The first one, which went out with the list, makes the room joined.
+func (b *broker) tend(pub redis.Conn, f *feed, broken <-chan error) error {
+	timer := time.NewTimer(joinTimeout) // while the word is under way until it must be back, else
+	defer timer.Stop()                  // until it goes out
+	underWay := true
+	for {
+		asking := b.asking
+		if underWay {
+			asking = nil
+		}
+		select {
+		case err := <-broken:
+			return err
+		case p := <-b.outgoing:
+			if err := b.send(pub, f, b.batch(p)); err != nil {
+				return err
+			}
+			continue
+		case <-f.echo:
+			underWay = false
+			b.settle(f.questions)
+			b.setJoined()
+			timer.Reset(syncEvery)
+			continue
+		case <-timer.C:
+			if underWay && len(f.echo) == 0 {
+				return errSilent
+			}
+		case <-asking:
+		}
+		if !underWay {
+			if err := b.sync(pub, f); err != nil {
+				return err
+			}
+			underWay = true
+			timer.Reset(syncTimeout)
+		}
+	}
+}
+
+// sync sends the word on a round trip. That it comes back shows that the subscription lives, and
+// that all is here that was published before; that it can be sent, that Redis takes writes. The
+// list's length and the key show that Redis forgot. Sent also in a busy room: what looks idle on
+// one connection, a proxy may end.
+func (b *broker) sync(c redis.Conn, f *feed) error {
+	least := f.least()
+	f.questions = b.questions()
+	c.Send("MULTI")
+	c.Send("LTRIM", b.channel+":history", -listSize(f.log.size), -1)
+	c.Send("LLEN", b.channel+":history")
+	c.Send("GET", b.channel+":key")
+	c.Send("PUBLISH", b.channel+":probe", f.word)
+	replies, err := commit(c, 4)
+	if err != nil {
+		return err
+	}
+	length, _ := replies[1].(int64)
+	key, _ := replies[2].([]byte)
+	if length < least || !b.ownKey && string(key) != b.key {
+		return errForgot
+	}
+	return nil
+}
+
+// batch returns the post and others that already wait.
+func (b *broker) batch(p *post) []*post {
+	batch := []*post{p}
+	for len(batch) < batchSize {
+		select {
+		case p = <-b.outgoing:
+			batch = append(batch, p)
+		default:
+			return batch
+		}
+	}
+	return batch
+}
+
+// send publishes a batch in one round trip, each post a transaction of its own, and tells each
+// how it went. On an error the stay is over.
+func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
+	defer func() {
+		for _, p := range batch {
+			p.done <- err
+		}
+	}()
+	least := f.least()
+	list := b.channel + ":history"
+	for _, p := range batch {
+		line := toRedis(p.line)
+		c.Send("MULTI")
+		c.Send("RPUSH", list, p.id+" "+line)
+		c.Send("LTRIM", list, -listSize(f.log.size), -1)
+		c.Send("PUBLISH", b.channel+":id", p.id)
+		c.Send("PUBLISH", b.channel, line)
+		c.Send("EXEC")
+	}
+	if err = c.Flush(); err != nil {
+		return err
+	}
+	forgot := false
+	for len(batch) > 0 {
+		replies, err := receiveExec(c)
+		if err != nil {
+			return err
+		}
+		if length, _ := replies[0].(int64); length <= least {
+			forgot = true
+		}
+		batch[0].done <- nil
+		batch = batch[1:]
+	}
+	if forgot {
+		return errForgot
+	}
+	return nil
+}
+
+// receiveExec receives the replies to MULTI, four queued commands and EXEC.
+func receiveExec(c redis.Conn) ([]any, error) {
+	var first error
+	for range 5 {
+		if _, err := c.Receive(); err != nil && first == nil {
+			first = err
+		}
+		if c.Err() != nil {
+			return nil, first
+		}
+	}
+	reply, err := c.Receive()
+	replies, err := results(reply, err, 4)
+	if first != nil {
+		err = first // says more than that the transaction was discarded
+	}
+	return replies, err
 }
