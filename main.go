@@ -833,21 +833,27 @@ func validID(s string) bool {
 	return (base == "0" || validKey(base)) && len(hash) == 8 && strings.Trim(hash, "abcdefghijklmnopqrstuvwxyz") == ""
 }
 
-// clean returns s as the room shows it: CRLF, CR and U+2028 are line breaks (LF), bytes that
-// are not UTF-8 become U+FFFD, and control characters except tab and those that turn the
-// writing direction are dropped. Of more than limit characters, cut is true and the rest gone.
+// clean returns s as the room shows it: CRLF and whatever ends a line somewhere are line breaks
+// (LF), bytes that are not UTF-8 become U+FFFD, and control characters except tab and those that
+// turn the writing direction are dropped. What is left is one line to any reader between two LF,
+// also to one that splits at more than the standard does and could else be sent a forged event.
+// Of more than limit characters, cut is true and the rest gone.
 func clean(s string, limit int) (text string, cut bool) {
 	var b strings.Builder
 	b.Grow(min(len(s), limit*utf8.UTFMax))
 	n := 0
 	for i, r := range s {
-		switch {
-		case r == '\r' && strings.HasPrefix(s[i+1:], "\n"):
-			continue
-		case r == '\r' || r == '\u2028':
+		switch r {
+		case '\n', '\t':
+		case '\v', '\f', '\r', '\u0085', '\u2028', '\u2029':
+			if r == '\r' && strings.HasPrefix(s[i+1:], "\n") {
+				continue
+			}
 			r = '\n'
-		case r != '\n' && r != '\t' && unicode.In(r, unicode.Cc, unicode.Bidi_Control):
-			continue
+		default:
+			if unicode.In(r, unicode.Cc, unicode.Bidi_Control) {
+				continue
+			}
 		}
 		if n == limit {
 			return b.String(), true

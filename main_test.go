@@ -1517,9 +1517,10 @@ func TestClean(t *testing.T) {
 	for _, test := range []struct{ name, in, want string }{
 		{"plain text stays", "你好, wörld 👍🏽", "你好, wörld 👍🏽"},
 		{"spaces and tabs stay", "  a\tb ", "  a\tb "},
-		{"every line break is LF", "a\r\nb\rc\nd\u2028e", "a\nb\nc\nd\ne"},
+		{"every line break is LF", "a\r\nb\rc\nd\u2028e\u2029f\u0085g\vh\fi", "a\nb\nc\nd\ne\nf\ng\nh\ni"},
 		{"two CR are two line breaks", "a\r\rb\r\n\nc", "a\n\nb\n\nc"},
-		{"controls go", "a\x00b\x07c\x1b[0md\x7fe\u0085f\u009fg", "abc[0mdefg"},
+		{"controls go", "a\x00b\x07c\x1b[0md\x7fe\u0084f\u009fg", "abc[0mdefg"},
+		{"separators that end a line in Python go", "a\x1cb\x1dc\x1ed\x1fe", "abcde"},
 		{"direction controls go", "a\u202eb\u2066c\u200fd\u061ce", "abcde"},
 		{"joiners stay", "👨\u200d👩\ufe0f", "👨\u200d👩\ufe0f"},
 		{"what is not UTF-8 is marked", "a\xffb\xc3", "a\ufffdb\ufffd"},
@@ -1709,7 +1710,7 @@ func TestParseRedis(t *testing.T) {
 // FuzzFrame: a text that is cleaned and encoded is one event with that text and id, whatever
 // was in it.
 func FuzzFrame(f *testing.F) {
-	for _, s := range []string{"hi", "a\nb", "\r\n\r\nid: forged\rdata: x", "\ufeffa", "event: gap", "a\x00\xff", "\u2028", "retry: 1\n\n", " x"} {
+	for _, s := range []string{"hi", "a\nb", "\r\n\r\nid: forged\rdata: x", "\ufeffa", "event: gap", "a\x00\xff", "\u2028", "a\v\f\x1c\x1d\x1e\u0085\u2029b", "retry: 1\n\n", " x"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -1754,6 +1755,9 @@ func checkFrame(t *testing.T, m message) {
 	}
 	if e, err = in.next(); err != io.EOF {
 		t.Fatalf("the frame of %q has a second event %+v", m.line, e)
+	}
+	if strings.ContainsAny(string(encode(m)), "\r\v\f\x1c\x1d\x1e\u0085\u2028\u2029") {
+		t.Fatalf("the frame of %q has more lines where bytes or text are split as Python does", m.line)
 	}
 	if len(encode(m)) > 2*pageSize {
 		t.Fatalf("the frame of %q is %d bytes", m.line, len(encode(m)))
@@ -3872,7 +3876,8 @@ func TestBadMessages(t *testing.T) {
 		{"an escaped NUL", text("a\x00b"), "", 204, "ab"},
 		{"control characters", text("a\x01\x08\x1b[31m\x7f\u0080\u009fb"), "", 204, "a[31mb"},
 		{"a tab", text("a\tb"), "", 204, "a\tb"},
-		{"vertical tab, form feed, next line", text("a\v\f\u0085b"), "", 204, "ab"},
+		{"vertical tab, form feed, next line", text("a\v\f\u0085b"), "", 204, "a\n\n\nb"},
+		{"separators of files, groups, records, units", text("a\x1c\x1d\x1e\x1fb"), "", 204, "ab"},
 		{"bidi embeddings and overrides", text("a\u202a\u202b\u202c\u202d\u202eb"), "", 204, "ab"},
 		{"bidi isolates", text("a\u2066\u2067\u2068\u2069b"), "", 204, "ab"},
 		{"bidi marks", text("a\u200e\u200f\u061cb"), "", 204, "ab"},
@@ -3890,6 +3895,7 @@ func TestBadMessages(t *testing.T) {
 		{"every field behind CR", text("a\rid: 0\revent: gap\rretry: 1\rdata: b"), "", 204, "a\nid: 0\nevent: gap\nretry: 1\ndata: b"},
 		{"an event behind two LF", text("a\n\nevent: gap\ndata:\n\ndata: b"), "", 204, "a\n\nevent: gap\ndata:\n\ndata: b"},
 		{"an event behind two CR LF", text("a\r\n\r\nid: 0\r\nevent: ping\r\ndata:\r\n\r\ndata: b"), "", 204, "a\n\nid: 0\nevent: ping\ndata:\n\ndata: b"},
+		{"an event behind two U+2029", text("a\u2029\u2029id: 0\u2029data: b\u2029\u2029"), "", 204, "a\n\nid: 0\ndata: b\n\n"},
 		{"a field behind NUL and LF", text("a\x00\n\x00id: 0\ndata: b"), "", 204, "a\nid: 0\ndata: b"},
 		{"a line of somebody else", text("a\n[12:34:56] 小红: b"), "", 204, "a\n[12:34:56] 小红: b"},
 		{"a comment and a colon", text("a\n: b\n:"), "", 204, "a\n: b\n:"},
@@ -3996,6 +4002,7 @@ func TestNames(t *testing.T) {
 		{"the emoji style is dropped", "❤\ufe0f", "❤"},
 		{"white space around it", " \u3000x\u00a0", "x"},
 		{"white space in it", "a \u3000\u00a0 b", "a b"},
+		{"line ends of every kind", "a\v\fb\u0085c\u2028\u2029d\r\ne", "a b c d e"},
 		{"24 code points", strings.Repeat("字", 24), strings.Repeat("字", 24)},
 		{"24 after cleaning", " " + strings.Repeat("😀\ufe0f", 24), strings.Repeat("😀", 24)},
 		{"25 code points", strings.Repeat("字", 25), ""},
@@ -4014,6 +4021,8 @@ func TestNames(t *testing.T) {
 		{"a header", "x\r\nSet-Cookie: evil=1", ""},
 		{"NUL", "a\x00b", ""},
 		{"escape", "a\x1bb", ""},
+		{"a separator of files", "a\x1cb", ""},
+		{"a separator of records", "a\x1eb", ""},
 		{"delete", "a\x7fb", ""},
 		{"a control character of the second set", "a\u009bb", ""},
 		{"soft hyphen", "a\u00adb", ""},
@@ -4272,6 +4281,9 @@ func TestBadRedis(t *testing.T) {
 		{"fields behind LF", nil, "a\nid: 0\nevent: gap\nretry: 1", "aid: 0event: gapretry: 1", ""},
 		{"fields behind CR", nil, "a\r\revent: gap\rdata:\r\r", "aevent: gapdata:", ""},
 		{"fields behind U+2028", nil, "a\u2028\u2028event: ping\u2028data:", "aevent: pingdata:", ""},
+		{"fields behind U+2029", nil, "a\u2029\u2029event: ping\u2029data:", "aevent: pingdata:", ""},
+		{"fields behind VT, FF and NEL", nil, "a\v\vid: 0\f\fdata:\u0085\u0085", "aid: 0data:", ""},
+		{"fields behind separators", nil, "a\x1c\x1did: 0\x1e\x1edata:", "aid: 0data:", ""},
 		{"an event at the front", nil, "event: gap\ndata:\n\ndata: a", "event: gapdata:data: a", ""},
 		{"markup", nil, "<script>alert(1)</script>", "<script>alert(1)</script>", ""},
 		{"a line that looks like an id", nil, keyA, keyA, ""},
