@@ -104,6 +104,7 @@ import (
 	"io"
 	"io/fs"
 	"log"
+	"maps"
 	"math"
 	mathrand "math/rand/v2"
 	"mime"
@@ -132,6 +133,7 @@ const (
 	ringSize   = 4096     // messages that the log, the Redis list and the memory of ids hold
 	pageSize   = 16 << 10 // bytes of frames that lie side by side and are written at once
 	maxName    = 24       // code points of a name
+	maxMarks   = 3        // marks in a row in a name, on one letter
 	maxMessage = 4000     // code points of a message
 	maxLine    = 4100     // code points of a line from Redis; time, name and message fit
 	maxBody    = 64 << 10 // bytes of a form
@@ -877,31 +879,45 @@ func blank(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return !invisible(r) })
 }
 
-// cleanName returns the name as the room shows it, or the key of the reason why it cannot be
-// one. The brackets and the colon are the grammar of the line.
+// cleanName returns the name as the room shows it or why it cannot be one: the key of a text and,
+// where a character is at fault, a space and that.
 func cleanName(s string) (name, reason string) {
 	name = strings.NewReplacer("\ufe0f", "", "\u200d", "").Replace(s)
 	name = strings.Join(strings.Fields(name), " ")
-	switch {
-	case !utf8.ValidString(s):
-		return "", "name_chars"
-	case name == "":
-		return "", "name_empty"
-	case utf8.RuneCountInString(name) > maxName:
+	solid := func(r rune) bool { return unicode.In(r, unicode.L, unicode.N, unicode.S) }
+	if !utf8.ValidString(s) {
+		return "", fmt.Sprintf("name_chars %U", utf8.RuneError)
+	}
+	if utf8.RuneCountInString(name) > maxName {
 		return "", "name_long"
 	}
-	solid := false
-	for _, r := range name {
-		if strings.ContainsRune(":[]", r) || r != ' ' &&
-			(invisible(r) || !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S)) {
-			return "", "name_chars"
-		}
-		solid = solid || unicode.In(r, unicode.L, unicode.N, unicode.S)
+	if r, ok := unfit(name); ok {
+		return "", fmt.Sprintf("name_chars %#U", r)
 	}
-	if !solid {
-		return "", "name_chars"
+	if !strings.ContainsFunc(name, solid) {
+		return "", "name_empty"
 	}
 	return name, ""
+}
+
+// unfit returns the first character that a name must not have. The brackets and the colon are the
+// grammar of the line, U+FFFC stands for what is not there. Among Latin letters, Cyrillic and Greek
+// ones that look the same would pass for somebody else; marks in a heap cover other people's lines.
+func unfit(name string) (r rune, found bool) {
+	latin := strings.ContainsFunc(name, func(r rune) bool { return unicode.Is(unicode.Latin, r) })
+	marks := 0
+	for _, r := range name {
+		if marks++; !unicode.IsMark(r) {
+			marks = 0
+		}
+		switch {
+		case strings.ContainsRune(":[]\ufffc", r), marks > maxMarks,
+			latin && unicode.In(r, unicode.Cyrillic, unicode.Greek),
+			r != ' ' && (invisible(r) || !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S)):
+			return r, true
+		}
+	}
+	return 0, false
 }
 
 // A signer makes and checks the values of session cookies.
@@ -2010,6 +2026,7 @@ type view struct {
 	T        map[string]string // the texts of that language
 	Name     string            // of the session, or to fill in
 	Error    string            // login: key of the text that says what was wrong
+	Char     string            // login: the character that text is about
 	Password bool              // login: the room has one
 	View     string            // chat: "projector"
 	Join     string            // chat: the address to open in the room
@@ -2022,6 +2039,10 @@ type view struct {
 func (s *server) show(w http.ResponseWriter, r *http.Request, status int, page string, v view) {
 	v.Lang = language(r.Header.Get("Accept-Language"))
 	v.T = s.texts[v.Lang]
+	if v.Char != "" {
+		v.T = maps.Clone(v.T)
+		v.T[v.Error] = strings.Replace(v.T[v.Error], "{c}", v.Char, 1)
+	}
 	var b bytes.Buffer
 	if err := s.pages.ExecuteTemplate(&b, page, v); err != nil {
 		s.logf("making %s: %v", page, err)
@@ -2180,7 +2201,8 @@ func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) showLogin(w http.ResponseWriter, r *http.Request, status int, name, reason string) {
-	s.show(w, r, status, "login.html", view{Name: name, Error: reason, Password: s.cfg.password != ""})
+	key, char, _ := strings.Cut(reason, " ")
+	s.show(w, r, status, "login.html", view{Name: name, Error: key, Char: char, Password: s.cfg.password != ""})
 }
 
 func (s *server) login(w http.ResponseWriter, r *http.Request) {
