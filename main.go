@@ -17,7 +17,8 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	-history n           messages that a newcomer gets, at most 4096 (default 200)
 	-rate n              messages a second for one sender after a burst of 10; 0 is no limit,
 	                     neither here nor on logging in (default 5)
-	-origin url          origin to trust, behind a proxy that changes the Host header
+	-origin url          origin to trust, behind a proxy that changes the Host header; may be
+	                     repeated
 	-version             print the version and exit
 	-h                   print the flags and exit
 
@@ -278,7 +279,9 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
 		"0 is no limit, neither here nor on logging in")
-	origin := flags.String("origin", "", "origin `url` to trust, behind a proxy that changes the Host header")
+	var origins []string
+	flags.Func("origin", "origin `url` to trust, behind a proxy that changes the Host header; may be repeated",
+		func(text string) error { origins = append(origins, text); return nil })
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
@@ -303,8 +306,12 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 			return nil, err
 		}
 	}
-	if *origin != "" && c.origins.AddTrustedOrigin(*origin) != nil {
-		return nil, usagef("-origin wants scheme://host[:port], not %q", redact(*origin))
+	for _, text := range origins {
+		origin, err := parseOrigin(text)
+		if err != nil {
+			return nil, err
+		}
+		c.origins.AddTrustedOrigin(origin)
 	}
 	return c, c.check()
 }
@@ -359,6 +366,31 @@ func parseRedis(text string) (*url.URL, error) {
 		return nil, bad
 	}
 	return u, nil
+}
+
+// parseOrigin reads a value of -origin and returns it as browsers send it, because that is what it
+// is compared with: something that none of them sends would start the room and let nobody in.
+func parseOrigin(text string) (string, error) {
+	bad := usagef("-origin wants what browsers send, such as https://chat.example.org or "+
+		"http://192.168.1.20:8080 (a host beyond ASCII as Punycode, xn--…), not %q", redact(text))
+	lower := strings.TrimSuffix(strings.ToLower(text), "/")
+	u, err := url.Parse(lower)
+	if err != nil || lower != u.Scheme+"://"+u.Host {
+		return "", bad
+	}
+	usual := map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	port, err := strconv.ParseUint(cmp.Or(u.Port(), usual), 10, 16)
+	host := u.Hostname()
+	if ip, noIP := netip.ParseAddr(host); noIP == nil {
+		host = ip.String()
+	} else if end := host[strings.LastIndexByte(host, '.')+1:]; strings.Trim(end, "0123456789") == "" {
+		return "", bad // browsers make an address of 192.168.1 too, a longer one
+	}
+	if usual == "" || err != nil || strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.:") != "" {
+		return "", bad
+	}
+	origin := u.Scheme + "://" + net.JoinHostPort(host, strconv.FormatUint(port, 10))
+	return strings.TrimSuffix(origin, ":"+usual), nil
 }
 
 // redact hides what stands where a URL has user and password.

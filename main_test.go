@@ -1715,6 +1715,29 @@ func TestParseRedis(t *testing.T) {
 	}
 }
 
+func TestParseOrigin(t *testing.T) {
+	for text, want := range map[string]string{
+		"https://chat.example.org": "https://chat.example.org", "HTTPS://Chat.Example.ORG": "https://chat.example.org",
+		"https://chat.example.org/": "https://chat.example.org", "https://h_1:443": "https://h_1", "http://h:80": "http://h",
+		"http://h:443": "http://h:443", "https://h:80": "https://h:80", "http://h:8080": "http://h:8080", "http://h:": "http://h",
+		"https://h:0443": "https://h", "http://xn--bcher-kva.example": "http://xn--bcher-kva.example",
+		"http://192.168.1.20:8080": "http://192.168.1.20:8080", "http://[2001:DB8:0::1]": "http://[2001:db8::1]",
+		"http://[::1]:80": "http://[::1]", "https://[::443]:443": "https://[::443]",
+		"https://聊天.example": "", "https://*.example.org": "", "*": "", "null": "", "https://u:secret@h": "", "https://u@h": "",
+		"https://h/chat": "", "https://h?x": "", "https://h#x": "", "chat.example.org": "", "ftp://h": "", "https:h": "", "https://": "",
+		"https://:443": "", "https://h:99999": "", "https://h:https": "", "http://192.168.1": "", "http://192.168.1.20.": "",
+		"http://[fe80::1%25eth0]": "", "https://a b": "", "https://a,https://b": "", "": "",
+	} {
+		got, err := parseOrigin(text)
+		if got != want || (err == nil) != (want != "") {
+			t.Errorf("parseOrigin(%q): got %q, %v, want %q", text, got, err, want)
+		}
+		if err != nil && strings.Contains(err.Error(), "secret") {
+			t.Errorf("parseOrigin(%q): the error has the password: %v", text, err)
+		}
+	}
+}
+
 // FuzzFrame: a text that is cleaned and encoded is one event with that text and id, whatever
 // was in it.
 func FuzzFrame(f *testing.F) {
@@ -3447,6 +3470,7 @@ func TestUsage(t *testing.T) {
 		{"-nothing"}, {"word"}, {"-addr"}, {"-addr", "nonsense"}, {"-addr", "127.0.0.1:99999"},
 		{"-history", "-1"}, {"-history", "4097"}, {"-history", "many"},
 		{"-rate", "-1"}, {"-rate", "fast"}, {"-rate", "NaN"}, {"-origin", "nonsense"}, {"-channel", ""},
+		{"-origin", ""}, {"-origin", "https://chat.example", "-origin", "https://*.example"},
 		{"-redis", "http://u:geheim@localhost:6379"}, {"-redis", "redis://u:geheim@local host"},
 		{"-redis", "redis://u:geheim@localhost:port"}, {"-redis", "u:geheim@localhost"},
 		{"-redis", "redis://:gehe%im@localhost"}, {"-redis", "redis://:geheim@localhost/db"},
@@ -3622,11 +3646,12 @@ func TestLikeliestAddress(t *testing.T) {
 func TestTrustedOrigin(t *testing.T) {
 	t.Parallel()
 	const origin = "https://chat.example"
-	trusting := newClient(t, startRoom(t, "-origin", origin).url)
+	trusting := newClient(t, startRoom(t, "-origin", "http://192.0.2.1:8080", "-origin", "HTTPS://Chat.Example:443/").url)
 	wary := newClient(t, startRoom(t).url)
 	for _, headers := range [][]string{
 		{"Origin: " + origin},
 		{"Origin: " + origin, "Sec-Fetch-Site: cross-site"},
+		{"Origin: http://192.0.2.1:8080"},
 	} {
 		if got := trusting.post("x", headers...); got != 204 {
 			t.Errorf("%q with -origin: got %d, want 204", headers, got)
