@@ -18,7 +18,7 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	-rate n              messages a second for one sender after a burst of 10; 0 is no limit,
 	                     neither here nor on logging in (default 5)
 	-origin url          origin to trust, behind a proxy that changes the Host header; may be
-	                     repeated
+	                     repeated, the first is the address to join
 	-version             print the version and exit
 	-h                   print the flags and exit
 
@@ -255,6 +255,7 @@ type config struct {
 	history       int
 	rate          float64
 	origins       http.CrossOriginProtection
+	origin        string // the first of them, where people open the room
 	key, password string
 }
 
@@ -280,7 +281,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
 		"0 is no limit, neither here nor on logging in")
 	var origins []string
-	flags.Func("origin", "origin `url` to trust, behind a proxy that changes the Host header; may be repeated",
+	flags.Func("origin", "origin `url` to trust, behind a proxy that changes the Host header; may be repeated,\n"+
+		"the first is the address to join",
 		func(text string) error { origins = append(origins, text); return nil })
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
@@ -312,6 +314,7 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 			return nil, err
 		}
 		c.origins.AddTrustedOrigin(origin)
+		c.origin = cmp.Or(c.origin, origin)
 	}
 	return c, c.check()
 }
@@ -2205,9 +2208,12 @@ func likeliest(own []ownAddress, out string, v6 bool) []string {
 	return hosts
 }
 
-// joinURL is the address that others open: the one this page was opened at, unless only this
-// machine can.
+// joinURL is the address that others open: the first -origin, since a proxy may have changed the
+// Host; else the one this page was opened at, unless only this machine can.
 func (s *server) joinURL(r *http.Request) string {
+	if s.cfg.origin != "" {
+		return s.cfg.origin
+	}
 	host, _, err := net.SplitHostPort(r.Host)
 	if err != nil {
 		host = r.Host

@@ -1673,6 +1673,34 @@ func TestAddress(t *testing.T) {
 	}
 }
 
+func TestJoinURL(t *testing.T) {
+	const localhost, lan = "http://localhost:8989", "http://192.168.1.20:8989"
+	for _, test := range []struct {
+		name, host, proto, want string
+		urls                    []string
+		origins                 string
+	}{
+		{"a name", "chat.example.org", "https", "https://chat.example.org", nil, ""},
+		{"an address on the network", "192.168.1.20:8989", "", lan, nil, ""},
+		{"opened here", "localhost:8989", "", lan, []string{localhost, lan}, ""},
+		{"opened here by number", "[::1]:8989", "", lan, []string{localhost, lan}, ""},
+		{"no network", "localhost:8989", "", localhost, []string{localhost}, ""},
+		{"a proxy that changes Host", "backend:8989", "", "https://chat.example.org", nil, "-origin https://chat.example.org/"},
+		{"the first of two", "localhost:8989", "", "http://a.example", []string{localhost, lan}, "-origin http://A.example:80 -origin http://b.example"},
+	} {
+		cfg, err := configure(strings.Fields(test.origins), func(string) string { return "" }, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := httptest.NewRequest("GET", "/", nil)
+		r.Host = test.host
+		r.Header.Set("X-Forwarded-Proto", test.proto)
+		if got := (&server{cfg: cfg, urls: test.urls}).joinURL(r); got != test.want {
+			t.Errorf("%s: got %s, want %s", test.name, got, test.want)
+		}
+	}
+}
+
 func TestLanguage(t *testing.T) {
 	for accept, want := range map[string]string{
 		"": "en", "zh": "zh", "zh-CN,zh;q=0.9,en;q=0.8": "zh", "en-US,en;q=0.9,zh;q=0.8": "en",
