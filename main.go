@@ -2004,20 +2004,30 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (sess
 // address names where a request comes from: the peer or, behind a proxy on this machine, the last
 // address that the proxy names. Of IPv6 it is the /64, which is one subscriber's.
 func address(r *http.Request) string {
-	host, _, _ := net.SplitHostPort(r.RemoteAddr)
-	ip, _ := netip.ParseAddr(host)
-	if via := r.Header.Values("X-Forwarded-For"); ip.IsLoopback() && len(via) > 0 {
-		last := via[len(via)-1]
-		if client, err := netip.ParseAddr(strings.TrimSpace(last[strings.LastIndexByte(last, ',')+1:])); err == nil {
+	ip := parseIP(r.RemoteAddr)
+	via := strings.FieldsFunc(strings.Join(r.Header["X-Forwarded-For"], ","),
+		func(r rune) bool { return strings.ContainsRune(", \t", r) })
+	if ip.IsLoopback() && len(via) > 0 {
+		if client := parseIP(via[len(via)-1]); client.IsValid() {
 			ip = client
 		}
 	}
-	ip = ip.Unmap()
 	if ip.Is6() {
 		prefix, _ := ip.WithZone("").Prefix(64)
 		ip = prefix.Addr()
 	}
 	return ip.String()
+}
+
+// parseIP reads an address as peers and proxies write it: with a port or without, one of IPv6 in
+// brackets or without. It returns the zero Addr if it is none.
+func parseIP(text string) netip.Addr {
+	host, _, err := net.SplitHostPort(text)
+	if err != nil {
+		host = strings.Trim(text, "[]")
+	}
+	ip, _ := netip.ParseAddr(host)
+	return ip.Unmap()
 }
 
 // readForm reads a form from the body, or answers why it cannot. It splits at & alone, as the
@@ -2228,9 +2238,11 @@ func (s *server) joinURL(r *http.Request) string {
 	return "http://" + r.Host
 }
 
-// secure tells whether the browser's side of the connection is TLS, which a proxy ends.
+// secure tells whether the browser's side of the connection is TLS, which a proxy ends; of several
+// proxies the first one's.
 func secure(r *http.Request) bool {
-	return strings.EqualFold(r.Header.Get("X-Forwarded-Proto"), "https")
+	proto, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Proto"), ",")
+	return strings.EqualFold(strings.TrimSpace(proto), "https")
 }
 
 func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {

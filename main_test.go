@@ -1658,6 +1658,17 @@ func TestAddress(t *testing.T) {
 		{"192.0.2.7:1234", []string{"203.0.113.9"}, "192.0.2.7"},
 		{"127.0.0.1:1", []string{"203.0.113.9, 198.51.100.2"}, "198.51.100.2"},
 		{"[::1]:1", []string{"203.0.113.9", "198.51.100.2"}, "198.51.100.2"},
+		{"127.0.0.1:1", []string{"203.0.113.5:4711"}, "203.0.113.5"},
+		{"127.0.0.1:1", []string{"192.0.2.9, 203.0.113.5:4711 "}, "203.0.113.5"},
+		{"127.0.0.1:1", []string{"203.0.113.9 198.51.100.2"}, "198.51.100.2"},
+		{"127.0.0.1:1", []string{"203.0.113.9,\t198.51.100.2 ,"}, "198.51.100.2"},
+		{"127.0.0.1:1", []string{"203.0.113.9", ""}, "203.0.113.9"},
+		{"127.0.0.1:1", []string{"[2001:db8::1]:4711"}, "2001:db8::"},
+		{"127.0.0.1:1", []string{"[2001:db8::1]"}, "2001:db8::"},
+		{"127.0.0.1:1", []string{"2001:db8::1"}, "2001:db8::"},
+		{"127.0.0.1:1", []string{"::ffff:203.0.113.5"}, "203.0.113.5"},
+		{"[::ffff:127.0.0.1]:1", []string{"203.0.113.5"}, "203.0.113.5"},
+		{"127.0.0.1:1", []string{"\"[2001:db8::1]\", unknown"}, "127.0.0.1"},
 		{"127.0.0.1:1", []string{"nonsense"}, "127.0.0.1"},
 		{"127.0.0.1:1", []string{""}, "127.0.0.1"},
 		{"[::ffff:192.0.2.7]:1", nil, "192.0.2.7"},
@@ -1669,6 +1680,17 @@ func TestAddress(t *testing.T) {
 		r.Header["X-Forwarded-For"] = test.via
 		if got := address(r); got != test.want {
 			t.Errorf("peer %s via %q: got %s, want %s", test.peer, test.via, got, test.want)
+		}
+	}
+}
+
+func TestSecure(t *testing.T) {
+	for proto, want := range map[string]bool{"": false, "http": false, "https": true, "HTTPS": true, "https,http": true,
+		"https , http": true, "http, https": false, "httpsx": false, ",https": false} {
+		r := httptest.NewRequest("GET", "/", nil)
+		r.Header.Set("X-Forwarded-Proto", proto)
+		if got := secure(r); got != want {
+			t.Errorf("X-Forwarded-Proto %q: got %v, want %v", proto, got, want)
 		}
 	}
 }
