@@ -124,6 +124,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	_ "time/tzdata" // $TZ counts in a container of this file alone too
 	"unicode"
 	"unicode/utf8"
 

@@ -3614,6 +3614,29 @@ func TestFirstContact(t *testing.T) {
 	})
 }
 
+// The program needs no file but its own, not even for the time of $TZ.
+func TestAloneInAFolder(t *testing.T) {
+	t.Parallel()
+	chroot := need(t, "chroot", "apt-get install coreutils")
+	if runtime.GOOS != "linux" || os.Getuid() != 0 {
+		t.Skip("root on Linux alone can make a folder all there is")
+	}
+	dir := t.TempDir()
+	build := exec.Command("go", "build", "-o", filepath.Join(dir, "chat"), ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	c := newClient(t, startCommand(t, []string{"TZ=Asia/Kathmandu"}, chroot, dir, "/chat").url)
+	c.say("hi")
+	clock := c.stream("wait=0", "").message().data
+	said, err := time.Parse("[15:04:05]", clock[:10])
+	here := time.Now().UTC().Add(5*time.Hour + 45*time.Minute)
+	if late := (here.Unix() - said.Unix()) % (24 * 60 * 60); err != nil || late > 60 {
+		t.Errorf("at %v in Kathmandu it says %q, %v", here, clock, err)
+	}
+}
+
 // The version is the one that Go has put into the binary.
 func TestVersion(t *testing.T) {
 	t.Parallel()
