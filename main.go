@@ -271,7 +271,9 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 // configure reads flags and environment. It returns nil and no error when the answer was to
 // print the manual or the version.
 func configure(args []string, getenv func(string) string, stdout io.Writer) (*config, error) {
-	c := &config{key: getenv("CHAT_KEY"), password: getenv("CHAT_PASSWORD")}
+	// A line that was read from a file may have kept its end.
+	trim := func(text string) string { return cmp.Or(strings.TrimRight(text, "\r\n"), text) }
+	c := &config{key: trim(getenv("CHAT_KEY")), password: trim(getenv("CHAT_PASSWORD"))}
 	flags := flag.NewFlagSet("chat", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.addr, "addr", ":8989", "address to listen on, `host:port`")
@@ -304,7 +306,7 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 		return nil, nil
 	}
 	var err error
-	if text := cmp.Or(*server, getenv("REDIS_URL")); text != "" {
+	if text := cmp.Or(*server, trim(getenv("REDIS_URL"))); text != "" {
 		if c.redis, err = parseRedis(text); err != nil {
 			return nil, err
 		}
@@ -333,6 +335,11 @@ func (c *config) check() error {
 	}
 	if strings.HasSuffix(c.channel, ":id") || strings.HasSuffix(c.channel, ":probe") {
 		return usagef("-channel wants a name that does not end like a channel beside another: %q", redact(c.channel))
+	}
+	for name, value := range map[string]string{"CHAT_KEY": c.key, "CHAT_PASSWORD": c.password} {
+		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
+			return usagef("%s wants one line of text, in UTF-8 and without control characters", name)
+		}
 	}
 	odd := func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }
 	if c.channel == "" || strings.ContainsFunc(c.channel, odd) {

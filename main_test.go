@@ -3527,11 +3527,13 @@ func TestUsage(t *testing.T) {
 		{"redis://u:geheim@localhost"}, {"-origin", "http://u:geheim@[localhost"},
 		{"-history", "redis://u:geheim@localhost"}, {"-redsi=redis://u:geheim@localhost"},
 		{"REDIS_URL=redis://u:geheim@localhost:port"},
+		{"CHAT_PASSWORD=geheim\ngeheim"}, {"CHAT_PASSWORD=geheim\xff"}, {"CHAT_PASSWORD=\r\n"}, {"CHAT_PASSWORD=\tgeheim"},
+		{"CHAT_KEY=geheim\ngeheim"}, {"CHAT_KEY=geheim\xff"}, {"CHAT_KEY=\n"},
 	} {
 		env, flags := splitArgs(args)
 		getenv := func(name string) string {
-			if len(env) > 0 && name == "REDIS_URL" {
-				return strings.TrimPrefix(env[0], "REDIS_URL=")
+			if len(env) > 0 && strings.HasPrefix(env[0], name+"=") {
+				return strings.TrimPrefix(env[0], name+"=")
 			}
 			return ""
 		}
@@ -3548,6 +3550,17 @@ func TestUsage(t *testing.T) {
 		if stdout.Len()+stderr.Len() > 0 {
 			t.Errorf("%q prints %q and %q before the error", args, stdout.String(), stderr.String())
 		}
+	}
+}
+
+func TestLineEndsInTheEnvironment(t *testing.T) {
+	env := map[string]string{"CHAT_KEY": "key\n", "CHAT_PASSWORD": "blue whale \r\n\n", "REDIS_URL": "localhost:6379\r\n"}
+	cfg, err := configure(nil, func(name string) string { return env[name] }, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.key != "key" || cfg.password != "blue whale " || cfg.redis.Host != "localhost:6379" {
+		t.Errorf("got the key %q, the password %q and Redis at %q", cfg.key, cfg.password, cfg.redis.Host)
 	}
 }
 
