@@ -2051,8 +2051,12 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 		http.Error(w, fmt.Sprintf("the form is over %d bytes", maxBody), http.StatusRequestEntityTooLarge)
 		return nil, false
 	}
-	form, bad := parseForm(string(body))
-	if err != nil || bad != nil {
+	if err != nil {
+		http.Error(w, "the form did not arrive whole", http.StatusBadRequest)
+		return nil, false
+	}
+	form, err := parseForm(string(body))
+	if err != nil {
 		http.Error(w, "the form is broken", http.StatusBadRequest)
 		return nil, false
 	}
