@@ -75,9 +75,10 @@ What other programs publish on chat is shown too. A line break of the text is U+
 
 # What is kept
 
-Nothing on disk. The newest 4096 messages live in each process, and in the Redis list. The
-browser keeps the cookie chat_session for 30 days: v1, the key's id, expiry, a random id of the
-login, the name (base64url) and a MAC over these, between dots. It is signed, not secret.
+The program writes nothing to disk; Redis may. The newest 4096 messages live in each process, and
+in the Redis list. The browser keeps the cookie chat_session for 30 days: v1, the key's id, expiry,
+a random id of the login, the name (base64url) and a MAC over these, between dots. It is signed,
+not secret.
 
 # Reading order
 
