@@ -2387,11 +2387,25 @@ func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
 	if s.broker != nil {
 		if err := s.broker.state(); err != nil {
-			unavailable(w, fmt.Sprintf("redis is away: %v", err))
+			unavailable(w, "redis is away: "+whyAway(err))
 			return
 		}
 	}
 	fmt.Fprintln(w, "ok")
+}
+
+// whyAway tells anybody what kind of error keeps Redis away. The log has its address and its words.
+func whyAway(err error) string {
+	if _, ok := errors.AsType[redis.Error](err); ok {
+		return "it refuses"
+	}
+	if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+		return "it does not answer"
+	}
+	if e, ok := errors.AsType[*net.OpError](err); ok && e.Op == "dial" {
+		return "it cannot be reached"
+	}
+	return "the room has not joined it"
 }
 
 // asset serves an embedded file.

@@ -2217,7 +2217,7 @@ func TestPasswordThatRedisRepeats(t *testing.T) {
 	redis := startRedis(t, "--rename-command", "AUTH", "")
 	room := startRoom(t, "-redis", "redis://somebody:hunter2@"+redis.addr)
 	eventually(t, "the room to know why", func() bool {
-		return strings.Contains(newClient(t, room.url).get("/healthz").body, "AUTH")
+		return strings.Contains(room.log.String(), "AUTH")
 	})
 	if shown := newClient(t, room.url).get("/healthz").body + room.log.String(); strings.Contains(shown, "hunter2") {
 		t.Errorf("the password is shown: %s", shown)
@@ -3310,6 +3310,24 @@ func TestChannelName(t *testing.T) {
 	for _, key := range []string{"class:history", "class:key", "chat:history", "chat:key"} {
 		if n, _ := redis.Int(r.do("EXISTS", key), nil); n != 1 {
 			t.Errorf("%s does not exist", key)
+		}
+	}
+}
+
+func TestWhyAway(t *testing.T) {
+	_, refused := net.Dial("tcp", "localhost:"+freePort(t))
+	for _, test := range []struct {
+		err  error
+		want string
+	}{
+		{refused, "it cannot be reached"},
+		{&net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", Name: "redis.internal"}}, "it cannot be reached"},
+		{&net.OpError{Op: "read", Err: os.ErrDeadlineExceeded}, "it does not answer"},
+		{fmt.Errorf("joining: %w", redis.Error("WRONGPASS for hunter2")), "it refuses"},
+		{io.EOF, "the room has not joined it"},
+	} {
+		if got := whyAway(test.err); got != test.want {
+			t.Errorf("%v: got %q, want %q", test.err, got, test.want)
 		}
 	}
 }
@@ -4788,8 +4806,8 @@ func TestRedisNotYet(t *testing.T) {
 			early := c.stream("", "")
 			eventually(t, "it to say so once", func() bool { return slices.Equal(room.changes(), []string{"away"}) })
 			c.refused("early", confirmTimeout) // without waiting for that: it knows
-			if c.healthy() {
-				t.Error("/healthz is 200")
+			if got := c.get("/healthz"); got.status != 503 || !regexp.MustCompile(`^redis is away: [a-z ]+\n$`).MatchString(got.body) {
+				t.Errorf("/healthz says %d %q, want 503 and no address", got.status, got.body)
 			}
 			line.comes(2 * 3) // for three attempts, of two connections at most, that must not be logged
 			room.changed("away")
