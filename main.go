@@ -2197,36 +2197,23 @@ func ownAddresses() (own []ownAddress) {
 	return own
 }
 
-// likeliest orders the addresses by how likely a neighbour reaches them: out, which has the way
-// to the rest of the world, then other networks, then bridges and tunnels. Only where there is
-// none of these: what machines give themselves on a switch without DHCP, and then IPv6, which
-// nobody likes to type, if the room is open there.
-func likeliest(own []ownAddress, out string, v6 bool) []string {
-	var ranks [5][]string
-	for _, a := range own {
-		rank := 2
-		switch ip := a.ip.String(); {
-		case a.ip.Is6() && !a.ip.IsGlobalUnicast():
-			continue
-		case a.ip.Is6():
-			rank = 4
-		case !a.ip.IsGlobalUnicast():
-			rank = 3
-		case a.shared && ip == out:
-			rank = 0
-		case a.shared && !a.bridge:
-			rank = 1
-		}
-		ranks[rank] = append(ranks[rank], a.ip.String())
+// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type
+// first: the one that has the way to the rest of the world, then other networks, then bridges
+// and tunnels. What machines give themselves on a switch without DHCP, and IPv6 if the room is
+// open there, is named only where nothing else is.
+func likeliest(own []ownAddress, out string, v6 bool) (hosts []string) {
+	own = slices.DeleteFunc(own, func(a ownAddress) bool { return a.ip.Is6() && !(v6 && a.ip.IsGlobalUnicast()) })
+	order := func(a ownAddress) string { // false comes before true
+		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, a.ip.String() != out, a.bridge)
 	}
-	hosts := slices.Concat(ranks[:3]...)
-	switch {
-	case len(hosts) == 0 && out != "": // Android does not list its links
+	slices.SortStableFunc(own, func(a, b ownAddress) int { return cmp.Compare(order(a), order(b)) })
+	for i, a := range own {
+		if i == 0 || a.ip.Is4() && a.ip.IsGlobalUnicast() {
+			hosts = append(hosts, a.ip.String())
+		}
+	}
+	if len(own) == 0 && out != "" { // Android does not list its links
 		return []string{out}
-	case len(hosts) == 0 && len(ranks[3]) > 0:
-		return ranks[3]
-	case len(hosts) == 0 && v6:
-		return ranks[4]
 	}
 	return hosts
 }

@@ -3736,8 +3736,10 @@ func TestLikeliestAddress(t *testing.T) {
 		{"a tunnel that leads out is for itself", []ownAddress{tunnel, cable}, "100.64.0.1", true, "10.1.1.1 100.64.0.1"},
 		{"no way out", []ownAddress{docker, cable}, "", true, "10.1.1.1 172.17.0.1"},
 		{"a switch without DHCP", []ownAddress{six, self, sixSelf}, "", true, "169.254.7.8"},
+		{"a tunnel before what machines give themselves", []ownAddress{self, tunnel}, "", true, "100.64.0.1"},
 		{"IPv6 alone", []ownAddress{sixSelf, six}, "", true, "2001:db8::1"},
 		{"IPv6 alone, where the room is not", []ownAddress{sixSelf, six}, "", false, ""},
+		{"only what nobody can type, and a way out", []ownAddress{sixSelf}, "192.168.1.20", true, "192.168.1.20"},
 		{"links are not listed", nil, "192.168.1.20", true, "192.168.1.20"},
 		{"nothing", nil, "", true, ""},
 	} {
