@@ -184,6 +184,7 @@ const (
 	spareFiles = 24          // descriptors that connections must leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken
 	fullPause  = time.Minute // between two words in the log that all are taken
+	floodPause = time.Minute // between two words in the log on what the limits refuse
 )
 
 //go:embed assets
@@ -1088,6 +1089,57 @@ func (l *limiter) giveBack(key string) {
 	}
 }
 
+// A tally counts what the limits refuse. While they do, it tells the log once in floodPause how
+// much that was, and whose most of it.
+type tally struct {
+	logf func(format string, args ...any)
+
+	mu    sync.Mutex                // guards total and whose
+	total map[string]int            // what was refused → how often
+	whose map[string]map[string]int // the same of each, since the log was told; nil while none was
+}
+
+func (t *tally) add(what, whose string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.whose == nil {
+		t.whose = map[string]map[string]int{}
+		time.AfterFunc(floodPause, t.tell)
+	}
+	if t.whose[what] == nil {
+		t.whose[what] = map[string]int{}
+	}
+	t.whose[what][whose]++
+	t.total[what]++
+}
+
+// tell tells the log, and counts anew.
+func (t *tally) tell() {
+	t.mu.Lock()
+	recent := t.whose
+	t.whose = nil
+	t.mu.Unlock()
+	var parts []string
+	for _, what := range slices.Sorted(maps.Keys(recent)) {
+		sum, most, first := 0, 0, ""
+		for whose, n := range recent[what] {
+			sum += n
+			if n > most {
+				most, first = n, whose
+			}
+		}
+		parts = append(parts, fmt.Sprintf("%d %s (most %s)", sum, what, first))
+	}
+	t.logf("refused in the last minute: %s", strings.Join(parts, ", "))
+}
+
+// totals returns what was refused since the start.
+func (t *tally) totals() map[string]int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return maps.Clone(t.total)
+}
+
 // A broker shares the log with other processes through Redis. It keeps two connections: one
 // subscribes, one publishes. When anything on them is not as it should be, both are closed and
 // the broker joins again, so there is one way back from every fault.
@@ -1725,6 +1777,7 @@ type server struct {
 	process string // which process this is, for the lesson
 
 	posts, logins, guesses limiter // by session or address, by address, by address
+	refused                tally   // by these
 
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
@@ -1751,6 +1804,7 @@ func fileLimit() int {
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf, streams: map[*stream]struct{}{}}
+	s.refused = tally{logf: logf, total: map[string]int{"logins": 0, "passwords": 0}}
 	s.maxConns, s.maxStreams = capacity(fileLimit())
 	if cfg.rate > 0 {
 		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: postBurst}
@@ -2273,6 +2327,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 	}
 	if s.cfg.password != "" {
 		if wait := s.guesses.take(from, now); wait > 0 {
+			s.refused.add("passwords", "from "+from)
 			setRetryAfter(w, wait)
 			s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 			return
@@ -2284,6 +2339,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 		s.guesses.giveBack(from)
 	}
 	if wait := s.logins.take(from, now); wait > 0 {
+		s.refused.add("logins", "from "+from)
 		setRetryAfter(w, wait)
 		s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 		return

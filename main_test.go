@@ -3110,6 +3110,50 @@ func TestRateOfLogins(t *testing.T) {
 	}
 }
 
+// Of a flood the log has one line a minute, with who it was; and nothing when it is over.
+func TestFloodInTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var logged output
+		s, err := newServer(&config{rate: 5, password: "geheim"},
+			func(format string, args ...any) { fmt.Fprintf(&logged, format+"\n", args...) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.log.close()
+		logins := func(n int, from, password string) {
+			for range n {
+				r := httptest.NewRequest("POST", "/login", strings.NewReader(form("user", "小明", "password", password)))
+				r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+				r.RemoteAddr = from + ":4711"
+				s.ServeHTTP(httptest.NewRecorder(), r)
+			}
+		}
+		want := ""
+		after := func(d time.Duration, line string) {
+			t.Helper()
+			time.Sleep(d)
+			synctest.Wait()
+			if want += line; logged.String() != want {
+				t.Fatalf("the log has %q, want %q", logged.String(), want)
+			}
+		}
+		logins(guessBurst, "192.0.2.1", "wrong")
+		logins(loginBurst, "192.0.2.9", "geheim")
+		after(floodPause, "")
+		logins(guessBurst+3, "192.0.2.1", "wrong")
+		logins(guessBurst+5, "192.0.2.2", "wrong")
+		logins(loginBurst+7, "192.0.2.3", "geheim")
+		after(floodPause-1, "")
+		after(1, "refused in the last minute: 7 logins (most from 192.0.2.3), 8 passwords (most from 192.0.2.2)\n")
+		after(3*floodPause, "")
+		logins(guessBurst+1, "192.0.2.1", "wrong")
+		after(floodPause, "refused in the last minute: 1 passwords (most from 192.0.2.1)\n")
+		if got := fmt.Sprint(s.refused.totals()); got != "map[logins:7 passwords:9]" {
+			t.Errorf("in all it counts %s", got)
+		}
+	})
+}
+
 // TestTwoProcesses has two processes on one Redis, and later a third.
 func TestTwoProcesses(t *testing.T) {
 	t.Parallel()
