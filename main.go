@@ -44,6 +44,7 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	                     a minute); ?wait=0 ends at once (polling)
 	GET  /lesson         the three ways to receive, side by side
 	GET  /healthz        200 ok, or 503 and why
+	GET  /metrics        numbers for a Prometheus on this machine; 404 to others
 	GET  /assets/...     style, scripts and icons of the pages
 
 Behind a proxy on the same machine, X-Forwarded-For tells whose address counts; from any proxy,
@@ -1966,6 +1967,7 @@ func (s *server) routes() *http.ServeMux {
 	mux.HandleFunc("GET /stream", s.stream)
 	mux.HandleFunc("GET /lesson", s.lesson)
 	mux.HandleFunc("GET /healthz", s.healthz)
+	mux.HandleFunc("GET /metrics", s.metrics)
 	mux.HandleFunc("GET /assets/{name}", s.asset)
 	return mux
 }
@@ -2449,6 +2451,38 @@ func whyAway(err error) string {
 		return "it cannot be reached"
 	}
 	return "the room has not joined it"
+}
+
+// metrics tells a Prometheus on this machine the numbers of the process. Behind a proxy everybody
+// would seem to be on this machine.
+func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
+	if _, proxied := r.Header["X-Forwarded-For"]; proxied || !parseIP(r.RemoteAddr).IsLoopback() {
+		http.NotFound(w, r)
+		return
+	}
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	w.Header().Set("Cache-Control", "no-store")
+	last := ""
+	put := func(sample, help string, value int) {
+		name, _, _ := strings.Cut(sample, "{")
+		kind := map[bool]string{true: "counter", false: "gauge"}[strings.HasSuffix(name, "_total")]
+		if name != last { // samples with the same name differ in a label
+			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+		}
+		fmt.Fprintf(w, "%s %d\n", sample, value)
+		last = name
+	}
+	put("chat_connections", "Open connections, streams among them.", int(s.conns.Load()))
+	put("chat_connections_limit", "Connections that the limit of open files allows.", s.maxConns)
+	put("chat_readers_limit", "Streams among these at most.", s.maxStreams)
+	refused := s.refused.totals()
+	for _, what := range slices.Sorted(maps.Keys(refused)) {
+		put(fmt.Sprintf("chat_refused_total{what=%q}", what), "What the limits refused.", refused[what])
+	}
+	if s.broker != nil {
+		joined := map[bool]int{true: 1}[s.broker.state() == nil]
+		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.", joined)
+	}
 }
 
 // asset serves an embedded file.

@@ -2333,6 +2333,7 @@ func TestRoutes(t *testing.T) {
 		{"health of a closed room", stranger.at(closed), "GET /healthz", 200, ""},
 		{"the stream of a closed room", stranger.at(closed), "GET /stream", 401, ""},
 		{"posting to a closed room", stranger.at(closed), "POST /post", 401, ""},
+		{"the metrics", stranger, "GET /metrics", 200, ""},
 		{"an unknown path", stranger, "GET /nothing", 404, ""},
 		{"an unknown path, posted to", stranger, "POST /nothing", 404, ""},
 		{"below a known path", stranger, "GET /login/x", 404, ""},
@@ -2363,6 +2364,71 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
+// What /metrics says is read as a Prometheus reads it; nobody but this machine gets any of it.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	c := newClient(t, r.room("-rate", "5", "CHAT_PASSWORD=geheim").joined().url)
+	numbers := func() map[string]int {
+		t.Helper()
+		got := c.get("/metrics")
+		if kind := got.header.Get("Content-Type"); kind != "text/plain; version=0.0.4; charset=utf-8" {
+			t.Errorf("Content-Type is %q", kind)
+		}
+		numbers, kinds := map[string]int{}, map[string]string{}
+		help := ""
+		for line := range strings.Lines(got.body) {
+			if m := regexp.MustCompile(`^# HELP (chat_[a-z_]+) [A-Z].*\.\n$`).FindStringSubmatch(line); m != nil {
+				help = m[1]
+			} else if m := regexp.MustCompile(`^# TYPE (\w+) (counter|gauge)\n$`).FindStringSubmatch(line); m != nil &&
+				m[1] == help && kinds[help] == "" && strings.HasSuffix(help, "_total") == (m[2] == "counter") {
+				kinds[help] = m[2]
+			} else if m := regexp.MustCompile(`^((\w+)(?:{\w+="\w+"})?) (\d+)\n$`).FindStringSubmatch(line); m != nil &&
+				m[2] == help && kinds[help] != "" {
+				if _, twice := numbers[m[1]]; twice {
+					t.Errorf("%s comes twice", m[1])
+				}
+				numbers[m[1]], _ = strconv.Atoi(m[3])
+			} else {
+				t.Errorf("no Prometheus reads %q, after the help of %q", line, help)
+			}
+		}
+		return numbers
+	}
+	before := numbers()
+	eventually(t, "a password to be refused", func() bool {
+		return c.do("POST", "/login", form("user", "小明", "password", "wrong")).status == 429
+	})
+	dial(t, c.url)
+	eventually(t, "one more connection", func() bool { return numbers()["chat_connections"] == before["chat_connections"]+1 })
+	after := numbers()
+	limit := after["chat_connections_limit"]
+	if after["chat_redis_joined"] != 1 || limit <= busyConns || after["chat_readers_limit"] != limit-limit/8 ||
+		before[`chat_refused_total{what="passwords"}`] != 0 || after[`chat_refused_total{what="passwords"}`] != 1 {
+		t.Errorf("before: %v\nafter:  %v", before, after)
+	}
+	r.kill()
+	eventually(t, "Redis to be away", func() bool { return numbers()["chat_redis_joined"] == 0 })
+
+	s := newTestServer(t, t.Logf)
+	for _, test := range []struct {
+		peer, via string
+		status    int
+	}{
+		{"127.0.0.1:4711", "", 200}, {"[::1]:4711", "", 200}, {"192.0.2.1:4711", "", 404},
+		{"127.0.0.1:4711", "127.0.0.1", 404}, {"192.0.2.1:4711", "127.0.0.1", 404},
+	} {
+		r, w := httptest.NewRequest("GET", "/metrics", nil), httptest.NewRecorder()
+		r.RemoteAddr = test.peer
+		if test.via != "" {
+			r.Header.Set("X-Forwarded-For", test.via)
+		}
+		if s.ServeHTTP(w, r); w.Code != test.status || w.Code == 404 && strings.Contains(w.Body.String(), "chat_") {
+			t.Errorf("to %s via %q: got %d %q, want %d", test.peer, test.via, w.Code, w.Body, test.status)
+		}
+	}
+}
+
 func TestOtherMethods(t *testing.T) {
 	t.Parallel()
 	c := newClient(t, startRoom(t).url).login("小明")
@@ -2374,6 +2440,7 @@ func TestOtherMethods(t *testing.T) {
 		"/stream":  {"GET", "HEAD"},
 		"/lesson":  {"GET", "HEAD"},
 		"/healthz": {"GET", "HEAD"},
+		"/metrics": {"GET", "HEAD"},
 		assetOf(c): {"GET", "HEAD"},
 	} {
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"} {
