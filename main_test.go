@@ -6432,7 +6432,7 @@ func TestManyLoginsAtOnce(t *testing.T) {
 }
 
 var (
-	nginxListen   = regexp.MustCompile(`listen [^;]*;`)
+	nginxListen   = regexp.MustCompile(`listen [^;]*;(\s*listen [^;]*;)*`)
 	nginxUpstream = regexp.MustCompile(`127\.0\.0\.1:8989|localhost:8989`)
 	nginxHost     = regexp.MustCompile(`proxy_set_header Host [^;]*;`)
 )
@@ -8893,10 +8893,18 @@ func TestProcessesBehindNginx(t *testing.T) {
 	p := startProxied(t)
 	port, plain := freePort(t), freePort(t)
 	cert, key := selfSigned(t)
+	const challenge = "/.well-known/acme-challenge/"
+	web := t.TempDir()
+	if err := os.MkdirAll(web+challenge, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, web+challenge+"token", "proof")
 	conf := adapt(t, blocks(t, "nginx")[1], // the first is for one process
 		"127.0.0.1:8989", "127.0.0.1:"+p.ports[0], "127.0.0.1:8990", "127.0.0.1:"+p.ports[1],
 		"listen 80;", "listen 127.0.0.1:"+plain+";", "listen 443 ", "listen 127.0.0.1:"+port+" ",
-		"/etc/ssl/chat/fullchain.pem", cert, "/etc/ssl/chat/privkey.pem", key)
+		"listen [::]:80;", "listen 127.0.0.2:"+plain+";", "listen [::]:443 ", "listen 127.0.0.2:"+port+" ", // not all have IPv6
+		"/etc/letsencrypt/live/chat.example.org/fullchain.pem", cert, "/etc/letsencrypt/live/chat.example.org/privkey.pem", key,
+		"/var/www/html", web)
 	startNginx(t, conf)
 	p.survives("https://localhost:"+port, 1)
 
@@ -8938,13 +8946,14 @@ func TestProcessesBehindNginx(t *testing.T) {
 			t.Errorf("the login form without Redis: got %d, want 200", got)
 		}
 	}
-	resp, err := newClient(t, "http://localhost:"+plain).send(context.Background(), "GET", "/", "")
-	if err != nil {
-		t.Fatal(err)
+	for _, host := range []string{"http://127.0.0.1:", "http://127.0.0.2:"} {
+		got := newClient(t, host+plain).get("/login")
+		if to := got.header.Get("Location"); got.status != 301 || !strings.HasPrefix(to, "https://") || !strings.HasSuffix(to, "/login") {
+			t.Errorf("without TLS: got %d to %q, want 301 to https", got.status, to)
+		}
 	}
-	resp.Body.Close()
-	if got := resp.Header.Get("Location"); resp.StatusCode != 301 || !strings.HasPrefix(got, "https://") {
-		t.Errorf("without TLS: got %d to %q, want 301 to https", resp.StatusCode, got)
+	if got := newClient(t, "http://127.0.0.1:"+plain).get(challenge + "token"); got.status != 200 || got.body != "proof" {
+		t.Errorf("who gives certificates gets %d %q, want what certbot put there", got.status, got.body)
 	}
 }
 
@@ -8993,6 +9002,11 @@ func TestService(t *testing.T) {
 		t.Fatal("the unit starts nothing")
 	}
 	checkFlags(t, strings.ReplaceAll(command[1], "%i", "8989"))
+	container := regexp.MustCompile(`(?m)^  chat: { image: chat, command: \[(-redis), "(redis:6379)"\], ports: \["8989:8989"\]`).FindStringSubmatch(blocks(t, "yaml")[0])
+	if container == nil {
+		t.Fatal("the container does not find Redis, or the port is not open")
+	}
+	checkFlags(t, container[1]+" "+container[2])
 }
 
 // checkFlags fails unless chat takes these arguments.
