@@ -286,10 +286,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
 		"0 is no limit, neither here nor on logging in")
-	var origins []string
-	flags.Func("origin", "origin `url` to trust, behind a proxy that changes the Host header; may be repeated,\n"+
-		"the first is the address to join",
-		func(text string) error { origins = append(origins, text); return nil })
+	flags.Func("origin", "origin `url` to trust, behind a proxy that changes the Host header;\n"+
+		"may be repeated, the first is the address to join", c.trust)
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
@@ -313,14 +311,6 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 		if c.redis, err = parseRedis(text); err != nil {
 			return nil, err
 		}
-	}
-	for _, text := range origins {
-		origin, err := parseOrigin(text)
-		if err != nil {
-			return nil, err
-		}
-		c.origins.AddTrustedOrigin(origin)
-		c.origin = cmp.Or(c.origin, origin)
 	}
 	return c, c.check()
 }
@@ -382,15 +372,15 @@ func parseRedis(text string) (*url.URL, error) {
 	return u, nil
 }
 
-// parseOrigin reads a value of -origin and returns it as browsers send it, because that is what it
-// is compared with: something that none of them sends would start the room and let nobody in.
-func parseOrigin(text string) (string, error) {
-	bad := usagef("-origin wants what browsers send, such as https://chat.example.org or "+
-		"http://192.168.1.20:8080 (a host beyond ASCII as Punycode, xn--…), not %q", redact(text))
+// trust takes a value of -origin, made equal to what browsers send, because it is compared with
+// that: something that none of them sends would start the room and let nobody in.
+func (c *config) trust(text string) error {
+	bad := errors.New("an origin is what browsers send, such as https://chat.example.org or " +
+		"http://192.168.1.20:8080; a host beyond ASCII as Punycode (xn--…)")
 	lower := strings.TrimSuffix(strings.ToLower(text), "/")
 	u, err := url.Parse(lower)
 	if err != nil || lower != u.Scheme+"://"+u.Host {
-		return "", bad
+		return bad
 	}
 	usual := map[string]string{"http": "80", "https": "443"}[u.Scheme]
 	port, err := strconv.ParseUint(cmp.Or(u.Port(), usual), 10, 16)
@@ -398,13 +388,15 @@ func parseOrigin(text string) (string, error) {
 	if ip, noIP := netip.ParseAddr(host); noIP == nil {
 		host = ip.String()
 	} else if end := host[strings.LastIndexByte(host, '.')+1:]; strings.Trim(end, "0123456789") == "" {
-		return "", bad // browsers make an address of 192.168.1 too, a longer one
+		return bad // browsers make an address of 192.168.1 too, a longer one
 	}
 	if usual == "" || err != nil || strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.:") != "" {
-		return "", bad
+		return bad
 	}
 	origin := u.Scheme + "://" + net.JoinHostPort(host, strconv.FormatUint(port, 10))
-	return strings.TrimSuffix(origin, ":"+usual), nil
+	origin = strings.TrimSuffix(origin, ":"+usual)
+	c.origin = cmp.Or(c.origin, origin)
+	return c.origins.AddTrustedOrigin(origin)
 }
 
 // redact hides what stands where a URL has user and password.

@@ -1765,7 +1765,7 @@ func TestParseRedis(t *testing.T) {
 	}
 }
 
-func TestParseOrigin(t *testing.T) {
+func TestOrigin(t *testing.T) {
 	for text, want := range map[string]string{
 		"https://chat.example.org": "https://chat.example.org", "HTTPS://Chat.Example.ORG": "https://chat.example.org",
 		"https://chat.example.org/": "https://chat.example.org", "https://h_1:443": "https://h_1", "http://h:80": "http://h",
@@ -1778,12 +1778,12 @@ func TestParseOrigin(t *testing.T) {
 		"https://:443": "", "https://h:99999": "", "https://h:https": "", "http://192.168.1": "", "http://192.168.1.20.": "",
 		"http://[fe80::1%25eth0]": "", "https://a b": "", "https://a,https://b": "", "": "",
 	} {
-		got, err := parseOrigin(text)
-		if got != want || (err == nil) != (want != "") {
-			t.Errorf("parseOrigin(%q): got %q, %v, want %q", text, got, err, want)
+		cfg, err := configure([]string{"-origin", text}, func(string) string { return "" }, io.Discard)
+		if want == "" && err == nil || want != "" && (err != nil || cfg.origin != want) {
+			t.Errorf("-origin %q: got %v, %v, want %q", text, cfg, err, want)
 		}
 		if err != nil && strings.Contains(err.Error(), "secret") {
-			t.Errorf("parseOrigin(%q): the error has the password: %v", text, err)
+			t.Errorf("-origin %q: the error has the password: %v", text, err)
 		}
 	}
 }
