@@ -25,6 +25,7 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	$CHAT_KEY            key that signs the session cookies (default: drawn at random, and
 	                     shared through Redis)
 	$CHAT_PASSWORD       password of the room (default: none, the room is open)
+	$TZ                  zone of the times, such as Asia/Shanghai (default: the machine's)
 
 # HTTP
 
@@ -311,6 +312,10 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 		if c.redis, err = parseRedis(text); err != nil {
 			return nil, err
 		}
+	}
+	zone := strings.TrimPrefix(getenv("TZ"), ":")
+	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' { // Go would take UTC and say nothing
+		return nil, usagef("TZ wants a name such as Asia/Shanghai, not %q", redact(zone))
 	}
 	return c, c.check()
 }

@@ -3657,6 +3657,7 @@ func TestUsage(t *testing.T) {
 		{"-history", "redis://u:geheim@localhost"}, {"-redsi=redis://u:geheim@localhost"},
 		{"REDIS_URL=redis://u:geheim@localhost:port"},
 		{"CHAT_PASSWORD=geheim\ngeheim"}, {"CHAT_PASSWORD=geheim\xff"}, {"CHAT_PASSWORD=\r\n"}, {"CHAT_PASSWORD=\tgeheim"},
+		{"TZ=CST-8"}, {"TZ=:Shanghai"},
 		{"CHAT_KEY=geheim\ngeheim"}, {"CHAT_KEY=geheim\xff"}, {"CHAT_KEY=\n"},
 	} {
 		env, flags := splitArgs(args)
@@ -3682,7 +3683,12 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-func TestLineEndsInTheEnvironment(t *testing.T) {
+func TestEnvironment(t *testing.T) {
+	for _, zone := range []string{"", "UTC", "Asia/Shanghai", ":Asia/Shanghai", "/etc/localtime", ":/etc/localtime"} {
+		if _, err := configure(nil, func(name string) string { return map[string]string{"TZ": zone}[name] }, io.Discard); err != nil {
+			t.Errorf("TZ=%s: %v", zone, err)
+		}
+	}
 	env := map[string]string{"CHAT_KEY": "key\n", "CHAT_PASSWORD": "blue whale \r\n\n", "REDIS_URL": "localhost:6379\r\n"}
 	cfg, err := configure(nil, func(name string) string { return env[name] }, io.Discard)
 	if err != nil {
