@@ -17,13 +17,15 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	-history n           messages that a newcomer gets, at most 4096 (default 200)
 	-rate n              messages a second for one sender after a burst of 10; 0 is no limit,
 	                     neither here nor on logging in (default 5)
-	-origin url          origin to trust, behind a proxy that changes the Host header
+	-origin url          origin to trust, behind a proxy that changes the Host header; may be
+	                     repeated, the first is the address to join
 	-version             print the version and exit
 	-h                   print the flags and exit
 
 	$CHAT_KEY            key that signs the session cookies (default: drawn at random, and
 	                     shared through Redis)
 	$CHAT_PASSWORD       password of the room (default: none, the room is open)
+	$TZ                  zone of the times, such as Asia/Shanghai (default: the machine's)
 
 # HTTP
 
@@ -43,6 +45,7 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	                     a minute); ?wait=0 ends at once (polling)
 	GET  /lesson         the three ways to receive, side by side
 	GET  /healthz        200 ok, or 503 and why
+	GET  /metrics        numbers for a Prometheus on this machine; 404 to others
 	GET  /assets/...     style, scripts and icons of the pages
 
 Behind a proxy on the same machine, X-Forwarded-For tells whose address counts; from any proxy,
@@ -74,9 +77,10 @@ What other programs publish on chat is shown too. A line break of the text is U+
 
 # What is kept
 
-Nothing on disk. The newest 4096 messages live in each process, and in the Redis list. The
-browser keeps the cookie chat_session for 30 days: v1, the key's id, expiry, a random id of the
-login, the name (base64url) and a MAC over these, between dots. It is signed, not secret.
+The program writes nothing to disk; Redis may. The newest 4096 messages live in each process, and
+in the Redis list. The browser keeps the cookie chat_session for 30 days: v1, the key's id, expiry,
+a random id of the login, the name (base64url) and a MAC over these, between dots. It is signed,
+not secret.
 
 # Reading order
 
@@ -104,6 +108,7 @@ import (
 	"io"
 	"io/fs"
 	"log"
+	"maps"
 	"math"
 	mathrand "math/rand/v2"
 	"mime"
@@ -122,6 +127,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	_ "time/tzdata" // $TZ counts in a container of this file alone too
 	"unicode"
 	"unicode/utf8"
 
@@ -132,6 +138,7 @@ const (
 	ringSize   = 4096     // entries that the log holds, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
 	maxName    = 24       // code points of a name
+	maxMarks   = 3        // marks in a row in a name, on one letter
 	maxMessage = 4000     // code points of a message
 	maxLine    = 4100     // code points of a line from Redis; time, name and message fit
 	maxBody    = 64 << 10 // bytes of a form
@@ -180,6 +187,7 @@ const (
 	spareFiles = 24          // descriptors that connections must leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken
 	fullPause  = time.Minute // between two words in the log that all are taken
+	floodPause = time.Minute // between two words in the log on what the limits refuse
 )
 
 //go:embed assets
@@ -251,6 +259,7 @@ type config struct {
 	history       int
 	rate          float64
 	origins       http.CrossOriginProtection
+	origin        string // the first of them, where people open the room
 	key, password string
 }
 
@@ -265,7 +274,9 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 // configure reads flags and environment. It returns nil and no error when the answer was to
 // print the manual or the version.
 func configure(args []string, getenv func(string) string, stdout io.Writer) (*config, error) {
-	c := &config{key: getenv("CHAT_KEY"), password: getenv("CHAT_PASSWORD")}
+	// A line that was read from a file may have kept its end.
+	trim := func(text string) string { return cmp.Or(strings.TrimRight(text, "\r\n"), text) }
+	c := &config{key: trim(getenv("CHAT_KEY")), password: trim(getenv("CHAT_PASSWORD"))}
 	flags := flag.NewFlagSet("chat", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.addr, "addr", ":8989", "address to listen on, `host:port`")
@@ -275,7 +286,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
 		"0 is no limit, neither here nor on logging in")
-	origin := flags.String("origin", "", "origin `url` to trust, behind a proxy that changes the Host header")
+	flags.Func("origin", "origin `url` to trust, behind a proxy that changes the Host header;\n"+
+		"may be repeated, the first is the address to join", c.trust)
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
@@ -295,13 +307,14 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 		return nil, nil
 	}
 	var err error
-	if text := cmp.Or(*server, getenv("REDIS_URL")); text != "" {
+	if text := cmp.Or(*server, trim(getenv("REDIS_URL"))); text != "" {
 		if c.redis, err = parseRedis(text); err != nil {
 			return nil, err
 		}
 	}
-	if *origin != "" && c.origins.AddTrustedOrigin(*origin) != nil {
-		return nil, usagef("-origin wants scheme://host[:port], not %q", redact(*origin))
+	zone := strings.TrimPrefix(getenv("TZ"), ":")
+	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' { // Go would take UTC and say nothing
+		return nil, usagef("TZ wants a name such as Asia/Shanghai, not %q", redact(zone))
 	}
 	return c, c.check()
 }
@@ -319,6 +332,11 @@ func (c *config) check() error {
 	}
 	if strings.HasSuffix(c.channel, ":id") || strings.HasSuffix(c.channel, ":probe") {
 		return usagef("-channel wants a name that does not end like a channel beside another: %q", redact(c.channel))
+	}
+	for name, value := range map[string]string{"CHAT_KEY": c.key, "CHAT_PASSWORD": c.password} {
+		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
+			return usagef("%s wants one line of text, in UTF-8 and without control characters", name)
+		}
 	}
 	odd := func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }
 	if c.channel == "" || strings.ContainsFunc(c.channel, odd) {
@@ -356,6 +374,33 @@ func parseRedis(text string) (*url.URL, error) {
 		return nil, bad
 	}
 	return u, nil
+}
+
+// trust takes a value of -origin, made equal to what browsers send, because it is compared with
+// that: something that none of them sends would start the room and let nobody in.
+func (c *config) trust(text string) error {
+	bad := errors.New("an origin is what browsers send, such as https://chat.example.org or " +
+		"http://192.168.1.20:8080; a host beyond ASCII as Punycode (xn--…)")
+	lower := strings.TrimSuffix(strings.ToLower(text), "/")
+	u, err := url.Parse(lower)
+	if err != nil || lower != u.Scheme+"://"+u.Host {
+		return bad
+	}
+	usual := map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	port, err := strconv.ParseUint(cmp.Or(u.Port(), usual), 10, 16)
+	host := u.Hostname()
+	if ip, noIP := netip.ParseAddr(host); noIP == nil {
+		host = ip.String()
+	} else if end := host[strings.LastIndexByte(host, '.')+1:]; strings.Trim(end, "0123456789") == "" {
+		return bad // browsers make an address of 192.168.1 too, a longer one
+	}
+	if usual == "" || err != nil || strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.:") != "" {
+		return bad
+	}
+	origin := u.Scheme + "://" + net.JoinHostPort(host, strconv.FormatUint(port, 10))
+	origin = strings.TrimSuffix(origin, ":"+usual)
+	c.origin = cmp.Or(c.origin, origin)
+	return c.origins.AddTrustedOrigin(origin)
 }
 
 // redact hides what stands where a URL has user and password.
@@ -925,21 +970,27 @@ func announcedID(s string) bool {
 	return validKey(key) && len(tail) == 8 && strings.Trim(tail, "abcdefghijklmnopqrstuvwxyz234567") == ""
 }
 
-// clean returns s as the room shows it: CRLF, CR and U+2028 are line breaks (LF), bytes that
-// are not UTF-8 become U+FFFD, and control characters except tab and those that turn the
-// writing direction are dropped. Of more than limit characters, cut is true and the rest gone.
+// clean returns s as the room shows it: CRLF and whatever ends a line somewhere are line breaks
+// (LF), bytes that are not UTF-8 become U+FFFD, and control characters except tab and those that
+// turn the writing direction are dropped. What is left is one line to any reader between two LF,
+// also to one that splits at more than the standard does and could else be sent a forged event.
+// Of more than limit characters, cut is true and the rest gone.
 func clean(s string, limit int) (text string, cut bool) {
 	var b strings.Builder
 	b.Grow(min(len(s), limit*utf8.UTFMax))
 	n := 0
 	for i, r := range s {
-		switch {
-		case r == '\r' && strings.HasPrefix(s[i+1:], "\n"):
-			continue
-		case r == '\r' || r == '\u2028':
+		switch r {
+		case '\n', '\t':
+		case '\v', '\f', '\r', '\u0085', '\u2028', '\u2029':
+			if r == '\r' && strings.HasPrefix(s[i+1:], "\n") {
+				continue
+			}
 			r = '\n'
-		case r != '\n' && r != '\t' && unicode.In(r, unicode.Cc, unicode.Bidi_Control):
-			continue
+		default:
+			if unicode.In(r, unicode.Cc, unicode.Bidi_Control) {
+				continue
+			}
 		}
 		if n == limit {
 			return b.String(), true
@@ -963,31 +1014,45 @@ func blank(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return !invisible(r) })
 }
 
-// cleanName returns the name as the room shows it, or the key of the reason why it cannot be
-// one. The brackets and the colon are the grammar of the line.
+// cleanName returns the name as the room shows it or why it cannot be one: the key of a text and,
+// where a character is at fault, a space and that.
 func cleanName(s string) (name, reason string) {
 	name = strings.NewReplacer("\ufe0f", "", "\u200d", "").Replace(s)
 	name = strings.Join(strings.Fields(name), " ")
-	switch {
-	case !utf8.ValidString(s):
-		return "", "name_chars"
-	case name == "":
-		return "", "name_empty"
-	case utf8.RuneCountInString(name) > maxName:
+	solid := func(r rune) bool { return unicode.In(r, unicode.L, unicode.N, unicode.S) }
+	if !utf8.ValidString(s) {
+		return "", fmt.Sprintf("name_chars %U", utf8.RuneError)
+	}
+	if utf8.RuneCountInString(name) > maxName {
 		return "", "name_long"
 	}
-	solid := false
-	for _, r := range name {
-		if strings.ContainsRune(":[]", r) || r != ' ' &&
-			(invisible(r) || !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S)) {
-			return "", "name_chars"
-		}
-		solid = solid || unicode.In(r, unicode.L, unicode.N, unicode.S)
+	if r, ok := unfit(name); ok {
+		return "", fmt.Sprintf("name_chars %#U", r)
 	}
-	if !solid {
-		return "", "name_chars"
+	if !strings.ContainsFunc(name, solid) {
+		return "", "name_empty"
 	}
 	return name, ""
+}
+
+// unfit returns the first character that a name must not have. The brackets and the colon are the
+// grammar of the line, U+FFFC stands for what is not there. Among Latin letters, Cyrillic and Greek
+// ones that look the same would pass for somebody else; marks in a heap cover other people's lines.
+func unfit(name string) (r rune, found bool) {
+	latin := strings.ContainsFunc(name, func(r rune) bool { return unicode.Is(unicode.Latin, r) })
+	marks := 0
+	for _, r := range name {
+		if marks++; !unicode.IsMark(r) {
+			marks = 0
+		}
+		switch {
+		case strings.ContainsRune(":[]\ufffc", r), marks > maxMarks,
+			latin && unicode.In(r, unicode.Cyrillic, unicode.Greek),
+			r != ' ' && (invisible(r) || !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S)):
+			return r, true
+		}
+	}
+	return 0, false
 }
 
 // A signer makes and checks the values of session cookies.
@@ -1121,6 +1186,57 @@ func (l *limiter) giveBack(key string) {
 	}
 }
 
+// A tally counts what the limits refuse. While they do, it tells the log once in floodPause how
+// much that was, and whose most of it.
+type tally struct {
+	logf func(format string, args ...any)
+
+	mu    sync.Mutex                // guards total and whose
+	total map[string]int            // what was refused → how often
+	whose map[string]map[string]int // the same of each, since the log was told; nil while none was
+}
+
+func (t *tally) add(what, whose string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.whose == nil {
+		t.whose = map[string]map[string]int{}
+		time.AfterFunc(floodPause, t.tell)
+	}
+	if t.whose[what] == nil {
+		t.whose[what] = map[string]int{}
+	}
+	t.whose[what][whose]++
+	t.total[what]++
+}
+
+// tell tells the log, and counts anew.
+func (t *tally) tell() {
+	t.mu.Lock()
+	recent := t.whose
+	t.whose = nil
+	t.mu.Unlock()
+	var parts []string
+	for _, what := range slices.Sorted(maps.Keys(recent)) {
+		sum, most, first := 0, 0, ""
+		for whose, n := range recent[what] {
+			sum += n
+			if n > most {
+				most, first = n, whose
+			}
+		}
+		parts = append(parts, fmt.Sprintf("%d %s (most %s)", sum, what, first))
+	}
+	t.logf("refused in the last minute: %s", strings.Join(parts, ", "))
+}
+
+// totals returns what was refused since the start.
+func (t *tally) totals() map[string]int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return maps.Clone(t.total)
+}
+
 // A server is the room as HTTP shows it.
 type server struct {
 	cfg    *config
@@ -1136,6 +1252,7 @@ type server struct {
 	process string // which process this is, for the lesson
 
 	posts, floods, logins, guesses limiter // by session or address, and three by address
+	refused                        tally   // by these
 
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
@@ -1164,6 +1281,7 @@ func fileLimit() int {
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf, streams: map[*stream]struct{}{}}
+	s.refused = tally{logf: logf, total: map[string]int{"logins": 0, "passwords": 0, "posts": 0}}
 	s.maxConns, s.maxStreams = capacity(fileLimit())
 	if cfg.rate > 0 {
 		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: postBurst}
@@ -1324,6 +1442,7 @@ func (s *server) routes() *http.ServeMux {
 	mux.HandleFunc("GET /stream", s.stream)
 	mux.HandleFunc("GET /lesson", s.lesson)
 	mux.HandleFunc("GET /healthz", s.healthz)
+	mux.HandleFunc("GET /metrics", s.metrics)
 	mux.HandleFunc("GET /assets/{name}", s.asset)
 	return mux
 }
@@ -1428,20 +1547,30 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (sess
 // address names where a request comes from: the peer or, behind a proxy on this machine, the last
 // address that the proxy names. Of IPv6 it is the /64, which is one subscriber's.
 func address(r *http.Request) string {
-	host, _, _ := net.SplitHostPort(r.RemoteAddr)
-	ip, _ := netip.ParseAddr(host)
-	if via := r.Header.Values("X-Forwarded-For"); ip.IsLoopback() && len(via) > 0 {
-		last := via[len(via)-1]
-		if client, err := netip.ParseAddr(strings.TrimSpace(last[strings.LastIndexByte(last, ',')+1:])); err == nil {
+	ip := parseIP(r.RemoteAddr)
+	via := strings.FieldsFunc(strings.Join(r.Header["X-Forwarded-For"], ","),
+		func(r rune) bool { return strings.ContainsRune(", \t", r) })
+	if ip.IsLoopback() && len(via) > 0 {
+		if client := parseIP(via[len(via)-1]); client.IsValid() {
 			ip = client
 		}
 	}
-	ip = ip.Unmap()
 	if ip.Is6() {
 		prefix, _ := ip.WithZone("").Prefix(64)
 		ip = prefix.Addr()
 	}
 	return ip.String()
+}
+
+// parseIP reads an address as peers and proxies write it: with a port or without, one of IPv6 in
+// brackets or without. It returns the zero Addr if it is none.
+func parseIP(text string) netip.Addr {
+	host, _, err := net.SplitHostPort(text)
+	if err != nil {
+		host = strings.Trim(text, "[]")
+	}
+	ip, _ := netip.ParseAddr(host)
+	return ip.Unmap()
 }
 
 // readForm reads a form from the body, or answers why it cannot. It splits at & alone, as the
@@ -1457,8 +1586,12 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 		http.Error(w, fmt.Sprintf("the form is over %d bytes", maxBody), http.StatusRequestEntityTooLarge)
 		return nil, false
 	}
-	form, bad := parseForm(string(body))
-	if err != nil || bad != nil {
+	if err != nil {
+		http.Error(w, "the form did not arrive whole", http.StatusBadRequest)
+		return nil, false
+	}
+	form, err := parseForm(string(body))
+	if err != nil {
 		http.Error(w, "the form is broken", http.StatusBadRequest)
 		return nil, false
 	}
@@ -1485,6 +1618,7 @@ type view struct {
 	T        map[string]string // the texts of that language
 	Name     string            // of the session, or to fill in
 	Error    string            // login: key of the text that says what was wrong
+	Char     string            // login: the character that text is about
 	Password bool              // login: the room has one
 	View     string            // chat: "projector"
 	Join     string            // chat: the address to open in the room
@@ -1497,6 +1631,10 @@ type view struct {
 func (s *server) show(w http.ResponseWriter, r *http.Request, status int, page string, v view) {
 	v.Lang = language(r.Header.Get("Accept-Language"))
 	v.T = s.texts[v.Lang]
+	if v.Char != "" {
+		v.T = maps.Clone(v.T)
+		v.T[v.Error] = strings.Replace(v.T[v.Error], "{c}", v.Char, 1)
+	}
 	var b bytes.Buffer
 	if err := s.pages.ExecuteTemplate(&b, page, v); err != nil {
 		s.logf("making %s: %v", page, err)
@@ -1593,43 +1731,33 @@ func ownAddresses() (own []ownAddress) {
 	return own
 }
 
-// likeliest orders the addresses by how likely a neighbour reaches them: out, which has the way
-// to the rest of the world, then other networks, then bridges and tunnels. Only where there is
-// none of these: what machines give themselves on a switch without DHCP, and then IPv6, which
-// nobody likes to type, if the room is open there.
-func likeliest(own []ownAddress, out string, v6 bool) []string {
-	var ranks [5][]string
-	for _, a := range own {
-		rank := 2
-		switch ip := a.ip.String(); {
-		case a.ip.Is6() && !a.ip.IsGlobalUnicast():
-			continue
-		case a.ip.Is6():
-			rank = 4
-		case !a.ip.IsGlobalUnicast():
-			rank = 3
-		case a.shared && ip == out:
-			rank = 0
-		case a.shared && !a.bridge:
-			rank = 1
-		}
-		ranks[rank] = append(ranks[rank], a.ip.String())
+// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type
+// first: the one that has the way to the rest of the world, then other networks, then bridges
+// and tunnels. What machines give themselves on a switch without DHCP, and IPv6 if the room is
+// open there, is named only where nothing else is.
+func likeliest(own []ownAddress, out string, v6 bool) (hosts []string) {
+	own = slices.DeleteFunc(own, func(a ownAddress) bool { return a.ip.Is6() && !(v6 && a.ip.IsGlobalUnicast()) })
+	order := func(a ownAddress) string { // false comes before true
+		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, a.ip.String() != out, a.bridge)
 	}
-	hosts := slices.Concat(ranks[:3]...)
-	switch {
-	case len(hosts) == 0 && out != "": // Android does not list its links
+	slices.SortStableFunc(own, func(a, b ownAddress) int { return cmp.Compare(order(a), order(b)) })
+	for i, a := range own {
+		if i == 0 || a.ip.Is4() && a.ip.IsGlobalUnicast() {
+			hosts = append(hosts, a.ip.String())
+		}
+	}
+	if len(own) == 0 && out != "" { // Android does not list its links
 		return []string{out}
-	case len(hosts) == 0 && len(ranks[3]) > 0:
-		return ranks[3]
-	case len(hosts) == 0 && v6:
-		return ranks[4]
 	}
 	return hosts
 }
 
-// joinURL is the address that others open: the one this page was opened at, unless only this
-// machine can.
+// joinURL is the address that others open: the first -origin, since a proxy may have changed the
+// Host; else the one this page was opened at, unless only this machine can.
 func (s *server) joinURL(r *http.Request) string {
+	if s.cfg.origin != "" {
+		return s.cfg.origin
+	}
 	host, _, err := net.SplitHostPort(r.Host)
 	if err != nil {
 		host = r.Host
@@ -1644,9 +1772,11 @@ func (s *server) joinURL(r *http.Request) string {
 	return "http://" + r.Host
 }
 
-// secure tells whether the browser's side of the connection is TLS, which a proxy ends.
+// secure tells whether the browser's side of the connection is TLS, which a proxy ends; of several
+// proxies the first one's.
 func secure(r *http.Request) bool {
-	return strings.EqualFold(r.Header.Get("X-Forwarded-Proto"), "https")
+	proto, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Proto"), ",")
+	return strings.EqualFold(strings.TrimSpace(proto), "https")
 }
 
 func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
@@ -1655,7 +1785,8 @@ func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) showLogin(w http.ResponseWriter, r *http.Request, status int, name, reason string) {
-	s.show(w, r, status, "login.html", view{Name: name, Error: reason, Password: s.cfg.password != ""})
+	key, char, _ := strings.Cut(reason, " ")
+	s.show(w, r, status, "login.html", view{Name: name, Error: key, Char: char, Password: s.cfg.password != ""})
 }
 
 func (s *server) login(w http.ResponseWriter, r *http.Request) {
@@ -1676,6 +1807,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 	}
 	if s.cfg.password != "" {
 		if wait := s.guesses.take(from, now); wait > 0 {
+			s.refused.add("passwords", "from "+from)
 			setRetryAfter(w, wait)
 			s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 			return
@@ -1687,6 +1819,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 		s.guesses.giveBack(from)
 	}
 	if wait := s.logins.take(from, now); wait > 0 {
+		s.refused.add("logins", "from "+from)
 		setRetryAfter(w, wait)
 		s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 		return
@@ -1773,10 +1906,12 @@ func (s *server) take(ctx context.Context, from sender, key, text string) outcom
 	}
 	now := time.Now()
 	if wait := s.posts.take(from.id, now); wait > 0 {
+		s.refused.add("posts", fmt.Sprintf("by %q, %s", from.name, from.address))
 		return outcome{status: http.StatusTooManyRequests, reason: "too fast", wait: wait}
 	}
 	if wait := s.floods.take(from.address, now); wait > 0 {
 		s.posts.giveBack(from.id)
+		s.refused.add("posts", "from "+from.address)
 		return outcome{status: http.StatusTooManyRequests, reason: "too much from your address", wait: wait}
 	}
 	id, err := s.room.say(ctx, key, now.Format("[15:04:05] ")+from.name+": "+text)
@@ -1803,10 +1938,60 @@ func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
 func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
 	if why := s.room.away(); why != nil {
-		unavailable(w, fmt.Sprintf("redis is away: %v", why))
+		unavailable(w, "redis is away: "+whyAway(why))
 		return
 	}
 	fmt.Fprintln(w, "ok")
+}
+
+// whyAway tells anybody what kind of error keeps Redis away. The log has its address and its words.
+func whyAway(err error) string {
+	if _, ok := errors.AsType[redis.Error](err); ok {
+		return "it refuses"
+	}
+	if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+		return "it does not answer"
+	}
+	if e, ok := errors.AsType[*net.OpError](err); ok && e.Op == "dial" {
+		return "it cannot be reached"
+	}
+	return "the room has not joined it"
+}
+
+// metrics tells a Prometheus on this machine the numbers of the process. Behind a proxy everybody
+// would seem to be on this machine.
+func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
+	if _, proxied := r.Header["X-Forwarded-For"]; proxied || !parseIP(r.RemoteAddr).IsLoopback() {
+		http.NotFound(w, r)
+		return
+	}
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	w.Header().Set("Cache-Control", "no-store")
+	last := ""
+	put := func(sample, help string, value int) {
+		name, _, _ := strings.Cut(sample, "{")
+		kind := map[bool]string{true: "counter", false: "gauge"}[strings.HasSuffix(name, "_total")]
+		if name != last { // samples with the same name differ in a label
+			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+		}
+		fmt.Fprintf(w, "%s %d\n", sample, value)
+		last = name
+	}
+	put("chat_connections", "Open connections, streams among them.", int(s.conns.Load()))
+	put("chat_connections_limit", "Connections that the limit of open files allows.", s.maxConns)
+	put("chat_readers_limit", "Streams among these at most.", s.maxStreams)
+	refused := s.refused.totals()
+	for _, what := range slices.Sorted(maps.Keys(refused)) {
+		put(fmt.Sprintf("chat_refused_total{what=%q}", what), "What the limits refused.", refused[what])
+	}
+	s.mu.Lock()
+	put("chat_readers", "Open streams.", len(s.streams))
+	s.mu.Unlock()
+	put("chat_messages_held", "Entries of the log.", s.room.log.held())
+	if s.cfg.redis != nil {
+		joined := map[bool]int{true: 1}[s.room.away() == nil]
+		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.", joined)
+	}
 }
 
 // asset serves an embedded file.
