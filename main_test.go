@@ -6893,7 +6893,7 @@ func TestPageText(t *testing.T) {
 	p.send(frame(id(), "[10:00:00] שרה: שלום everybody"))
 	b.hasText("שלום everybody")
 	b.checks(check{"a text has its own direction", "getComputedStyle($('#log .row:last-child .text')).direction === 'rtl' && getComputedStyle($('#log .row:last-child')).direction === 'ltr'"})
-	p.send("event: gap\ndata:\n\n")
+	p.send(gapAndPing)
 	b.checks(check{"a gap is a line", "$('#log .gap') && $('#log .gap').textContent === 'Messages may be missing here'"})
 	p.send(frame("the-same-id-twice-1", "[10:00:00] 李雷: twice") + frame("the-same-id-twice-1", "[10:00:00] 李雷: twice"))
 	p.send(frame(id(), "[10:00:00] 李雷: after it"))
@@ -7111,9 +7111,11 @@ func TestPageFaults(t *testing.T) {
 // A message whose event is lost: the gap tells of it, before or after the answer.
 func TestPageOwnMessageInAGap(t *testing.T) {
 	b, p := visit(t)
+	p.send(frame(id(), "[10:00:00] Ada: before"))
+	b.hasText("before")
 	gap := func(n int) {
 		t.Helper()
-		p.send("event: gap\ndata:\n\n")
+		p.send(gapAndPing)
 		b.wait("the gap is seen", "$$('.gap').length === arguments[0]", n)
 	}
 	alone := "count(arguments[0]) === 1 && !$('#unsent').children.length"
@@ -7136,9 +7138,129 @@ func TestPageOwnMessageInAGap(t *testing.T) {
 
 	var key string
 	p.set(func() { key = p.keys[0] })
-	p.send(frame(key, "[10:00:00] 小明: gap, then answer") + frame(id(), "[10:00:00] 小明: behind it"))
+	p.send(frame(key+"~abcdefgh", "[10:00:00] 小明: gap, then answer") + frame(id(), "[10:00:00] 小明: behind it"))
 	b.hasText("behind it")
 	b.wait("once, if its event comes after all", alone, "gap, then answer")
+
+	p.set(func() { p.keys = nil })
+	b.say("in the history")
+	b.wait("the answer is here", "$('#unsent [data-state=sent]')")
+	p.set(func() { key = p.keys[0] })
+	p.send("event: gap\ndata:\n\n" + frame(key+"~abcdefgh", "[10:00:00] 小明: in the history") +
+		frame(id(), "[10:00:00] Ada: behind that") + "event: ping\ndata:\n\n")
+	b.hasText("behind that")
+	b.wait("it is in the log", alone, "in the history")
+	b.checks(check{"at its place in the history that comes again", "texts().indexOf('in the history') === texts().indexOf('behind that') - 1"})
+}
+
+// gapAndPing tells of a gap that nothing follows.
+const gapAndPing = "event: gap\ndata:\n\nevent: ping\ndata:\n\n"
+
+// An id is a key and, behind a ~, a tail of the server's: the key says which message it is, the
+// whole id is a place in the stream.
+func TestPageKeys(t *testing.T) {
+	b, p := visit(t)
+	p.set(func() { p.status["/post"] = 204 }) // the server gets nothing, so that no event comes
+	b.say("mine")
+	p.until("it is posted", func() bool { return len(p.keys) > 0 })
+	var key string
+	p.set(func() { key = p.keys[0] })
+	b.wait("the answer is here", "$('#unsent [data-state=sent]')")
+	p.send(frame(key+"~abcdefgh", "[10:00:00] 小明: mine"))
+	b.wait("a letter is known by its key", "count('mine') === 1 && !$('#unsent').children.length")
+	p.send(frame(key+"~bcdefghi", "[10:00:00] 小明: mine") + frame(key+"~bcdefghi.1", "[10:00:00] 小明: foreign") +
+		frame(key+"~bcdefghi.2", "[10:00:00] 小明: foreign"))
+	b.checks(
+		check{"foreign lines behind it have keys of their own", "count('foreign') === 2"},
+		check{"another tail is a second copy", "count('mine') === 1"},
+	)
+	p.send(frame("key-of-a-message-last~cdefghij", "[10:00:00] 小明: last"))
+	b.hasText("last")
+	var before int
+	p.set(func() { before = len(p.opened); p.status["/stream"] = 503 })
+	p.stop()
+	p.start()
+	p.opens(before, "the stream is asked for again")
+	p.set(func() { before = len(p.opened); p.status["/stream"] = 0 })
+	p.opens(before, "and again")
+	p.set(func() {
+		if query, _ := url.ParseQuery(p.opened[len(p.opened)-1]); query.Get("after") != "key-of-a-message-last~cdefghij" {
+			t.Errorf("reopened by %q, want the whole id", query)
+		}
+	})
+}
+
+// After a gap the history comes again: rows that are new find their place among those that are
+// there, and the line is drawn only where the history does not reach back to one of them.
+func TestPageHistoryAgain(t *testing.T) {
+	b, p := visit(t)
+	b.size(800, 400)
+	line := func(key, who string) string {
+		return frame("key-of-a-message-"+key+"~abcdefgh", "[10:00:00] "+who+": "+key)
+	}
+	var old strings.Builder
+	for i := range 60 {
+		old.WriteString(frame(id(), fmt.Sprintf("[09:00:00] Ada: old %d", i)))
+	}
+	p.send(old.String() + line("a", "Ada") + line("b", "Ada") + line("c", "Ada"))
+	b.hasText("c")
+	js[any](b, `$('#log').scrollTop = 900; window.removed = 0;
+		window.top1 = row('old 40'); window.y1 = top1.getBoundingClientRect().top;
+		new MutationObserver((all) => all.forEach((m) => removed += m.removedNodes.length)).observe($('#log'), { childList: true, subtree: true })`)
+	b.settle()
+	const gap = "event: gap\nid: gap-0000000000000000~abcdefgh\ndata:\n\n"
+	const ping = "event: ping\nid: gap-0000000000000000~abcdefgh\ndata:\n\n"
+	again := func(key, who string) string { return strings.Replace(line(key, who), "~abcdefgh", "~zzzzzzzz", 1) }
+	p.send(gap + again("x", "李雷") + again("a", "Ada") + again("y", "Ada") + again("z", "李雷") + again("b", "Ada") + again("c", "Ada") +
+		again("d", "Ada") + ping + line("e", "Ada"))
+	b.hasText("e")
+	b.checks(
+		check{"what is new is at its place, each once", "texts().slice(60).join('') === 'xayzbcde'"},
+		check{"the history reached back: no line", "!$('.gap')"},
+		check{"names are shown where the author changes", "['x', 'a', 'z', 'b'].every((k) => !row(k).classList.contains('follows')) && ['y', 'c', 'd', 'e'].every((k) => row(k).classList.contains('follows'))"},
+		check{"nothing that was there was taken away, and the reader was not moved", "removed === 0 && Math.abs(top1.getBoundingClientRect().top - y1) < 1"},
+		check{"the pill counts each once", "$('#pill').textContent === '5 new messages'"},
+	)
+	b.click("#pill")
+	p.send(gap + again("far", "Ada") + again("away", "Ada"))
+	b.settle()
+	b.checks(check{"until all of it is here nobody can tell", "count('far') === 0 && !$('.gap')"})
+	p.send(ping)
+	b.checks(
+		check{"a history that does not reach back: a line before it", "texts().slice(60).join(' ') === 'x a y z b c d e far away' && $$('.gap').length === 1 && $('.gap').nextElementSibling === row('far')"},
+		check{"and the name behind the line", "!row('far').classList.contains('follows')"},
+		check{"the end is in sight", "bottom() < 2"},
+	)
+	p.send(gap + again("one", "Ada") + gap + again("one", "Ada") + again("two", "Ada") + ping)
+	b.checks(check{"a gap while the history comes again", "texts().slice(70).join(' ') === 'one two' && $$('.gap').length === 2 && $$('.gap')[1].nextElementSibling === row('one')"})
+}
+
+// The worker knows the place of a gap, whose id is one like any other's.
+func TestPageWorkerKnowsGaps(t *testing.T) {
+	b, p := visit(t)
+	b.say("before")
+	b.hasText("before")
+	p.send("event: gap\nid: gap-1111111111111111~abcdefgh\ndata:\n\n" + frame("key-of-a-message-h~abcdefgh", "[10:00:00] Ada: history") +
+		"event: ping\nid: gap-2222222222222222~abcdefgh\ndata:\n\n" + frame("key-of-a-message-l~abcdefgh", "[10:00:00] Ada: live"))
+	b.hasText("live")
+	for after, want := range map[string]string{
+		"gap-1111111111111111~abcdefgh": "message ping message ping",
+		"gap-2222222222222222~abcdefgh": "message ping",
+		"key-of-a-message-l~abcdefgh":   "ping",
+		"gap-3333333333333333~abcdefgh": "unknown",
+	} {
+		got := js[string](b, `return new Promise((done) => {
+			const policy = window.policy ??= trustedTypes.createPolicy('test', { createScriptURL: (url) => url });
+			const { port } = new SharedWorker(policy.createScriptURL('/assets/stream.js'), { type: 'module', name: 'chat' });
+			port.onmessage = ({ data }) => {
+				if (data[0].type === 'hello') return port.postMessage({ after: arguments[0] });
+				port.postMessage({ bye: true });
+				done(data.map((e) => e.type).join(' '));
+			}; })`, after)
+		if got != want {
+			t.Errorf("a tab that comes back with %s is told %q, want %q", after, got, want)
+		}
+	}
 }
 
 // Everything at once, by chance: what is written arrives once, and in order.
@@ -7635,7 +7757,7 @@ func TestPageLooks(t *testing.T) {
 	p.send(frame(id(), "[10:00:00] 李雷: ```\n"+long+"\n```\nhttps://example.com/"+long+" `"+long+"` plain"))
 	p.send(frame(id(), "[10:00:00] "+strings.Repeat("W", 24)+": hello"))
 	p.send(frame(id(), "[10:00:00] 小明: my own"))
-	p.send("event: gap\ndata:\n\n")
+	p.send(gapAndPing)
 	b.hasText("my own")
 	b.checks(check{"the time is small", "getComputedStyle(row('hello').querySelector('time')).fontSize === '12px'"})
 	for _, colour := range []string{"light", "dark"} {
@@ -7864,7 +7986,7 @@ func TestPageClean(t *testing.T) {
 	jar, _ := cookiejar.New(nil)
 	client := &http.Client{Jar: jar}
 	total := 0
-	for _, path := range []string{"/login", "/", "/assets/chat.css", "/assets/chat.js", "/assets/stream.js"} {
+	for _, path := range []string{"/login", "/", "/assets/chat.css", "/assets/chat.js", "/assets/stream.js", "/assets/outbox.js", "/assets/keys.js"} {
 		res, err := client.PostForm(p.target+"/login", url.Values{"user": {"Ada"}})
 		if err == nil {
 			res.Body.Close()
@@ -7885,7 +8007,7 @@ func TestPageClean(t *testing.T) {
 		}
 	}
 	t.Logf("HTML, CSS and JS of the chat page: %d bytes", total)
-	if total > 60_000 {
+	if total > 75_000 {
 		t.Errorf("HTML, CSS and JS of the chat page: %d bytes", total)
 	}
 }

@@ -4,37 +4,38 @@
      The page itself is chat.html: every node has its place there, and the pieces that are copied
      are in <template>s. Its looks are chat.css. The script moves text between nodes and sets
      data-state and the like; it never makes markup out of text, so nothing that anybody writes
-     can be more than text.
+     can be more than text. Four parts have files of their own: stream.js brings the events,
+     outbox.js sends, keys.js says which message is which.
 
-     receiving    arrive → queue → flush: events come from stream.js, wait in a queue, and are
-                  put into the page at most ten times a second
+     receiving    arrive → inbox.queue → inbox.flush: events wait in a queue, and are put into the
+                  page at most ten times a second
      rows         a message becomes a row; rows lie in sections of 50, so that the browser lays
                   out the last 50 and not the last 1000
      text         line breaks, ``` code ```, `code`, links
      scrolling    stays at the end, unless the reader has scrolled up
      connection   connecting → live → reconnecting or offline
-     sending      submit → outbox → pump: one POST at a time, with an id drawn here; the same id
-                  again until it is in, so that nothing is lost and nothing is there twice. The
-                  message stands in the outbox until the event with its id comes back.
+     sending      submit → outbox: the message stands under the log until it comes back
      composing    the field: keys, counter, draft
-*/
+
+   Each part is an object that holds what it has to remember, below its constants; the functions
+   beside it are those that need no memory. */
 import { connect } from './stream.js';
+import { keyOf } from './keys.js';
+import { Outbox } from './outbox.js';
 
 /** @typedef {import('./stream.js').Told} Told */
-/** A message on its way: waiting, sent (the server has it), or failed (goes only by Retry).
- *  @typedef {{id: string, text: string, at: number, state: string, tried?: number, node?: any}} Letter */
+/** @typedef {import('./outbox.js').Letter} Letter */
+/** What waits to be put in: an event, with the key of its message, and whether that is a copy.
+ *  @typedef {Told & {key: string, copy: boolean}} Waiting */
 
 const FLUSH = 100;                  // ms between two changes of the page
 const SECTION = 50;                 // rows a section
 const KEEP = 1000, KEEP_READING = 5000; // rows kept; while the reader is further up
-const REMEMBER = 8192;              // ids known, so that a message is shown once
+const REMEMBER = 8192;              // keys known, so that a message is shown once
 const NEAR = 48;                    // px from the end that count as the end
 const GROUP = 300;                  // s in which messages of one author stand together
 const LINES = 12;                   // lines shown of a long text
 const MAX = 4000, COUNT_FROM = 3200; // characters of a message
-const ANSWER = 10_000;              // ms a POST may take
-const TRY_FOR = 60_000;             // ms of a live connection before a message counts as not sent
-const TOO_OLD = 600_000;            // ms after which a message no longer goes by itself
 const GRACE = 2_000;                // ms a connection may be lost unnoticed
 
 /** @param {string} id @returns {any} */
@@ -66,95 +67,149 @@ const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
 
 // ---- receiving ----
 
-/** Ids of the messages that have come, oldest first. */
-const seen = new Set();
-/** What has come and is not in the page yet. @type {Told[]} */
-let queue = [];
-let flushTimer = 0, flushedAt = 0;
-let backlog = true;                 // until the backlog is complete
-let unread = 0;                     // messages that came while the tab was hidden
-
 /** @param {Told} e */
 function arrive(e) {
   if (e.type === 'login') return toLogin();
-  if (e.type === 'down') return setDown();
-  if (e.type !== 'wait') setLive();
-  if (e.type === 'ping') backlog = false;
-  if (e.type === 'message' && !remember(e.id)) return;
-  if (e.type === 'gap') lose();
-  if (e.type === 'message') deliver(e);
-  if (e.type === 'message' && document.hidden) countUnread(e);
-  if (e.type === 'message' || e.type === 'gap') queue.push(e);
-  flushTimer ||= setTimeout(flush, Math.max(0, flushedAt + FLUSH - performance.now()));
-}
-
-/** False if the message is known already. @param {string | undefined} id */
-function remember(id) {
-  if (seen.has(id)) return false;
-  seen.add(id);
-  if (seen.size > REMEMBER) seen.delete(seen.values().next().value);
-  return true;
-}
-
-/** Puts the queue into the page. A hidden tab does nothing, it catches up when it is shown. */
-function flush() {
-  flushTimer = 0;
-  const keep = stuck ? KEEP : KEEP_READING;
-  if (queue.length > 2 * keep) queue = queue.slice(-keep);
-  if (document.hidden) return;
-  flushedAt = performance.now();
-  const batch = queue;
-  queue = [];
-  if (batch.length >= keep) clear(); // more than fits: nothing older can stay
-  announce(batch.length);
-  for (const e of batch) place(e.type === 'gap' ? gapLine() : row(e));
-  for (const node of delivered.splice(0)) node.remove();
-  trim(keep);
-  settle(batch);
-}
-
-/** After the rows are in. @param {Told[]} batch */
-function settle(batch) {
-  if (!backlog) {
-    empty.hidden = rows > 0;
-    setTimeout(() => log.setAttribute('aria-busy', 'false'));
+  if (e.type === 'down') return connection.lose();
+  if (e.type !== 'wait') connection.live();
+  if (e.type === 'gap') outbox.gap();
+  const key = keyOf(e.id ?? ''), copy = e.type === 'message' && !inbox.remember(key);
+  inbox.add({ ...e, key, copy });
+  if (e.type === 'message' && !copy) receive(key, e);
+  if (e.type === 'ping') {
+    inbox.backlog = false;
+    outbox.caughtUp();
   }
-  if (stuck) return toEnd();
-  below += batch.filter((e) => e.type === 'message' && !isMine(e)).length;
-  showPill();
 }
 
-let windowStart = 0, inWindow = 0, inLast = 0;
-
-/** A screen reader does not read out more than ten messages a second. @param {number} n */
-function announce(n) {
-  const now = performance.now();
-  if (now - windowStart > 1000) {
-    inLast = now - windowStart > 2000 ? 0 : inWindow;
-    [windowStart, inWindow] = [now, 0];
+/** A message that is new. @param {string} key @param {Told} e */
+function receive(key, e) {
+  const letter = outbox.arrived(key);
+  if (letter) {
+    save();
+    inbox.arrived.push(letter.node);
+    if (!isMine(e)) location.reload(); // the session has another name than this page
   }
-  inWindow += n;
-  log.setAttribute('aria-live', inWindow > 10 || inLast > 10 ? 'off' : 'polite');
+  if (document.hidden && !inbox.backlog && !isMine(e)) badge(++inbox.unread);
 }
 
-/** @param {Told} e */
-function countUnread(e) {
-  if (backlog || isMine(e)) return;
-  unread++;
-  badge();
+const inbox = {
+  /** Keys of the messages that have come, oldest first. */
+  seen: new Set(),
+  /** What has come and is not in the page yet. @type {Waiting[]} */
+  queue: [],
+  timer: 0, flushedAt: 0,
+  backlog: true,                    // until the backlog is complete
+  unread: 0,                        // messages that came while the tab was hidden
+  /** Rows of letters that have arrived, to go when the message itself is put in. @type {any[]} */
+  arrived: [],
+
+  /** False if the message is known already. @param {string} key */
+  remember(key) {
+    if (this.seen.has(key)) return false;
+    this.seen.add(key);
+    if (this.seen.size > REMEMBER) this.seen.delete(this.seen.values().next().value);
+    return true;
+  },
+
+  /** @param {Waiting} e */
+  add(e) {
+    this.queue.push(e);
+    if (this.queue.length > 2 * list.room()) this.queue = this.queue.slice(-list.room());
+    this.timer = this.timer || setTimeout(() => this.flush(), this.flushedAt + FLUSH - performance.now());
+  },
+
+  /** Puts the queue into the page. A hidden tab does nothing, it catches up when it is shown. */
+  flush() {
+    this.timer = 0;
+    if (document.hidden) return;
+    this.flushedAt = performance.now();
+    const batch = this.queue, fresh = batch.filter((e) => e.type === 'message' && !e.copy);
+    this.queue = [];
+    if (fresh.length >= list.room()) list.clear(); // more than fits: nothing older can stay
+    announcer.count(fresh.length);
+    for (const e of batch) history.put(e);
+    for (const node of this.arrived.splice(0)) node.remove();
+    list.trim();
+    if (!this.backlog) showEmpty();
+    view.grown(fresh.filter((e) => !isMine(e)).length);
+  },
+};
+
+/** Puts what has come where it belongs: at the end, but after a gap the history comes again, and
+ *  what of it is new goes before the next row that is already there. */
+const history = {
+  /** After a gap: the new rows that no known one has followed yet. @type {HTMLElement[] | null} */
+  loose: null,
+  joined: false,                    // a row that was there has come again
+
+  /** @param {Waiting} e */
+  put(e) {
+    if (e.type === 'gap') this.begin();
+    if (e.type === 'ping') this.end();
+    if (e.type === 'message') e.copy ? this.meet(e.key) : this.take(row(e));
+  },
+
+  begin() {
+    this.end();
+    this.loose = [];
+    this.joined = false;
+  },
+
+  /** @param {HTMLElement} node */
+  take(node) {
+    this.loose ? this.loose.push(node) : list.append(node);
+  },
+
+  /** A copy of a row that is there, perhaps. @param {string} key */
+  meet(key) {
+    const known = this.loose && list.find(key);
+    if (!known) return;
+    list.insert(this.loose || [], known);
+    this.loose = [];
+    this.joined = true;
+  },
+
+  /** All of it is here. If nothing in it was known, nobody can tell what is missing before it. */
+  end() {
+    if (!this.loose) return;
+    if (!this.joined && list.count) list.append(copy('gap'));
+    for (const node of this.loose) list.append(node);
+    this.loose = null;
+  },
+};
+
+/** A screen reader does not read out more than ten messages a second. */
+const announcer = {
+  start: 0, now: 0, last: 0,        // a second's beginning, messages in it, in the one before
+
+  /** @param {number} n */
+  count(n) {
+    const now = performance.now();
+    if (now - this.start > 1000) {
+      this.last = now - this.start > 2000 ? 0 : this.now;
+      [this.start, this.now] = [now, 0];
+    }
+    this.now += n;
+    log.setAttribute('aria-live', this.now > 10 || this.last > 10 ? 'off' : 'polite');
+  },
+};
+
+function showEmpty() {
+  empty.hidden = list.count > 0;
+  setTimeout(() => log.setAttribute('aria-busy', 'false'));
 }
 
-/** The count in the title, and an icon that can be told from the usual one. */
-function badge() {
+/** The count in the title, and an icon that can be told from the usual one. @param {number} unread */
+function badge(unread) {
   document.title = unread ? `(${unread}) ${room}` : room;
   icon.href = unread ? '/assets/unread.svg' : '/assets/favicon.svg';
 }
 
 document.addEventListener('visibilitychange', () => {
   if (document.hidden) return;
-  unread = 0;
-  badge();
-  flush();
+  badge(inbox.unread = 0);
+  inbox.flush();
 });
 
 // ---- rows ----
@@ -162,69 +217,87 @@ document.addEventListener('visibilitychange', () => {
 /** [12:34:56] name: text. A line of another program need not look like this. */
 const LINE = /^\[((\d\d):(\d\d)):(\d\d)\] ([^:\n]{1,64}): ([^]*)$/;
 
-let rows = 0;
-/** The author of the last row, and when it was, in seconds of the day. */
-let lastWho = '', lastAt = 0;
-
-/** @param {Told} e @returns {HTMLElement} */
+/** @param {Waiting} e @returns {HTMLElement} */
 function row(e) {
   const node = copy('row');
   const [, time, h, m, s, who, text] = LINE.exec(e.text ?? '') ?? [];
+  node.dataset.key = e.key;
   if (who === undefined) node.querySelector('.who').remove();
   else sign(node, who, time, Number(h) * 3600 + Number(m) * 60 + Number(s));
-  lastWho = who ?? '';
   fill(node.lastElementChild, text ?? e.text ?? '');
   return node;
 }
 
-/** Name, colour, time; the name is seen once for messages that follow each other.
- *  @param {any} node @param {string} who @param {string} time @param {number} at */
+/** Name, colour, time. @param {any} node @param {string} who @param {string} time @param {number} at */
 function sign(node, who, time, at) {
   node.querySelector('bdi').textContent = who;
   node.querySelector('time').textContent = time;
-  node.dataset.colour = colour(who);
+  Object.assign(node.dataset, { who, at, colour: colour(who) });
   node.classList.toggle('own', who === me);
-  node.classList.toggle('follows', who === lastWho && (at - lastAt + 86400) % 86400 <= GROUP);
-  lastAt = at;
 }
 
 /** One of twelve. @param {string} name */
 const colour = (name) => [...name].reduce((sum, c) => sum + (c.codePointAt(0) ?? 0), 0) % 12;
 
-function gapLine() {
-  lastWho = '';
-  return copy('gap');
-}
-
 /** @param {Told} e */
 const isMine = (e) => LINE.exec(e.text ?? '')?.[5] === me;
 
-/** Adds a row at the end. @param {HTMLElement} node */
-function place(node) {
-  if (!log.lastElementChild || log.lastElementChild.childElementCount >= SECTION) {
-    log.append(document.createElement('section'));
-  }
-  log.lastElementChild.append(node);
-  rows++;
+/** The rows of the log, and the lines between them. */
+const list = {
+  count: 0,
+
+  /** How many may be there. */
+  room: () => (view.stuck ? KEEP : KEEP_READING),
+
+  /** @param {string} key @returns {HTMLElement | null} */
+  find: (key) => log.querySelector(`[data-key="${CSS.escape(key)}"]`),
+
+  /** Adds a row at the end. @param {HTMLElement} node */
+  append(node) {
+    if (!log.lastElementChild || log.lastElementChild.childElementCount >= SECTION) {
+      log.append(document.createElement('section'));
+    }
+    log.lastElementChild.append(node);
+    this.count++;
+    group(node);
+  },
+
+  /** Adds rows before one that is there. @param {HTMLElement[]} nodes @param {HTMLElement} next */
+  insert(nodes, next) {
+    if (!nodes.length) return;
+    view.changeAbove(next, () => next.before(...nodes));
+    this.count += nodes.length;
+    for (const node of [...nodes, next]) group(node);
+  },
+
+  /** Drops sections that are too old. */
+  trim() {
+    const before = this.count;
+    while (this.count - (log.firstElementChild?.childElementCount ?? this.count) >= this.room()) {
+      const section = log.firstElementChild;
+      this.count -= section.childElementCount;
+      view.changeAbove(section, () => section.remove());
+    }
+    if (this.count < before) group(log.querySelector('.row'));
+  },
+
+  clear() {
+    log.replaceChildren();
+    this.count = 0;
+  },
+};
+
+/** The name is seen once for messages that follow each other. @param {HTMLElement | null} node */
+function group(node) {
+  if (!node) return;
+  const { who, at } = node.dataset, last = previous(node);
+  const apart = last && (Number(at) - Number(last.dataset.at) + 86400) % 86400;
+  node.classList.toggle('follows', Boolean(last && who && last.dataset.who === who && apart <= GROUP));
 }
 
-/** Drops sections that are too old. @param {number} keep */
-function trim(keep) {
-  const before = rows;
-  while (rows - (log.firstElementChild?.childElementCount ?? rows) >= keep) {
-    const section = log.firstElementChild;
-    const higher = stuck || CSS.supports('overflow-anchor', 'auto') ? 0 : section.offsetHeight;
-    rows -= section.childElementCount;
-    section.remove();
-    if (higher) log.scrollTop -= higher; // in Safari, which does not keep the reader's place
-  }
-  if (rows < before) log.querySelector('.row')?.classList.remove('follows');
-}
-
-function clear() {
-  log.replaceChildren();
-  rows = 0;
-  lastWho = '';
+/** What stands before it in the log. @param {HTMLElement} node @returns {any} */
+function previous(node) {
+  return node.previousElementSibling ?? node.parentElement?.previousElementSibling?.lastElementChild;
 }
 
 // ---- text ----
@@ -238,7 +311,7 @@ function fill(node, text) {
   more.textContent = say('show_all', lines.length);
   more.onclick = () => {
     node.replaceChildren(pretty(text));
-    stuck = projector || atEnd();   // who unfolds a text wants to read it
+    view.stuck = projector || view.atEnd(); // who unfolds a text wants to read it
   };
   node.append(pretty(lines.slice(0, LINES).join('\n')), more);
 }
@@ -300,294 +373,224 @@ function link(url) {
 
 // ---- scrolling ----
 
-let stuck = true;                   // the end stays in sight
-let below = 0;                      // messages the reader has not scrolled down to
+const view = {
+  stuck: true,                      // the end stays in sight
+  below: 0,                         // messages the reader has not scrolled down to
+  /** Its size when we last looked. In the moment of a change (keyboard, rotation, a growing field)
+   *  a scroll event can come first; that is not the reader who scrolls. */
+  size: '',
 
-const atEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight <= NEAR;
-const toEnd = () => { log.scrollTop = log.scrollHeight; };
+  atEnd: () => log.scrollHeight - log.scrollTop - log.clientHeight <= NEAR,
+  toEnd() { log.scrollTop = log.scrollHeight; },
 
-/** Follows the end again. */
-function follow() {
-  stuck = true;
-  below = 0;
-  showPill();
-  toEnd();
-}
+  /** Follows the end again. */
+  follow() {
+    this.stuck = true;
+    this.below = 0;
+    showPill();
+    this.toEnd();
+  },
+
+  /** Rows are in, so many of them new to the reader. @param {number} n */
+  grown(n) {
+    if (this.stuck) return this.toEnd();
+    this.below += n;
+    showPill();
+  },
+
+  /** Changes what stands above or before a node. Safari does not keep the reader's place by itself.
+   *  @param {HTMLElement} node @param {() => void} change */
+  changeAbove(node, change) {
+    const isMoved = !this.stuck && !CSS.supports('overflow-anchor', 'auto')
+      && node.getBoundingClientRect().top < log.getBoundingClientRect().bottom;
+    const rest = isMoved ? log.scrollHeight - log.scrollTop : 0;
+    change();
+    if (isMoved) log.scrollTop = log.scrollHeight - rest;
+  },
+
+  /** The reader has scrolled, or the page did. */
+  scrolled() {
+    if (projector || this.size !== sizeNow() || this.stuck === this.atEnd()) return;
+    this.stuck = !this.stuck;
+    if (this.stuck) this.below = 0;
+    showPill();
+  },
+};
+
+const sizeNow = () => `${log.clientWidth} ${log.clientHeight}`;
 
 /** "3 new messages", or that a projector is paused. */
 function showPill() {
+  const { stuck, below } = view;
   const count = below === 1 ? T.new_message : say('new_messages', below);
   pill.hidden = stuck || !(below || projector);
   pill.textContent = !projector ? count : below ? `${T.paused} ${count}` : T.paused;
 }
 
-/** Its size when we last looked. In the moment of a change (keyboard, rotation, a growing field) a
- *  scroll event can come first; that is not the reader who scrolls. */
-let size = '';
-const sizeNow = () => `${log.clientWidth} ${log.clientHeight}`;
 new ResizeObserver(() => {
-  size = sizeNow();
-  if (stuck) toEnd();
+  view.size = sizeNow();
+  if (view.stuck) view.toEnd();
 }).observe(log);
 
-log.addEventListener('scroll', () => {
-  if (projector || size !== sizeNow() || stuck === atEnd()) return;
-  stuck = !stuck;
-  if (stuck) below = 0;
-  showPill();
-}, { passive: true });
-pill.addEventListener('click', follow);
+log.addEventListener('scroll', () => view.scrolled(), { passive: true });
+pill.addEventListener('click', () => view.follow());
 document.addEventListener('keydown', (e) => {
-  if (e.key === 'End' && e.target !== box) follow();
+  if (e.key === 'End' && e.target !== box) view.follow();
   if (e.key !== ' ' || !projector) return;
   e.preventDefault();
-  stuck = !stuck;
-  stuck ? follow() : showPill();
+  view.stuck = !view.stuck;
+  view.stuck ? view.follow() : showPill();
 });
 
 // ---- connection ----
 
-let liveSince = 0;                  // 0 while there is no connection
-let graceTimer = 0;
+const connection = {
+  isLive: false,
+  timer: 0,                         // until a loss is worth telling
 
-function setLive() {
-  if (liveSince) return;
-  liveSince = Date.now();
-  clearTimeout(graceTimer);
-  graceTimer = 0;
-  showState('live');
-  unpause();                        // what waits for a connection goes now
-}
+  live() {
+    if (this.isLive) return;
+    this.isLive = true;
+    clearTimeout(this.timer);
+    this.timer = 0;
+    this.show('live');
+    outbox.connected(true);
+  },
 
-function setDown() {
-  liveSince = 0;
-  graceTimer ||= setTimeout(showLoss, GRACE);
-}
+  lose() {
+    this.isLive = false;
+    outbox.connected(false);
+    this.timer = this.timer || setTimeout(() => this.showLoss(), GRACE);
+  },
 
-const showLoss = () => showState(navigator.onLine ? 'reconnecting' : 'offline');
+  showLoss() {
+    this.show(navigator.onLine ? 'reconnecting' : 'offline');
+  },
 
-/** Nobody writes at a projector, it only waits. @param {string} state */
-function showState(state) {
-  body.dataset.state = state;
-  status.textContent = T[projector && state !== 'live' ? 'connecting' : state];
-}
+  /** Nobody writes at a projector, it only waits. @param {string} state */
+  show(state) {
+    body.dataset.state = state;
+    status.textContent = T[projector && state !== 'live' ? 'connecting' : state];
+  },
+};
 
 for (const event of ['online', 'offline']) {
-  addEventListener(event, () => /reconnecting|offline/.test(body.dataset.state ?? '') && showLoss());
+  addEventListener(event, () => /reconnecting|offline/.test(body.dataset.state ?? '') && connection.showLoss());
 }
 
 // ---- sending ----
 
-/** Messages on their way, in the order in which they were written. @type {Letter[]} */
-const outbox = [];
-/** Rows of those that have come back, to go when the message itself is put in. @type {any[]} */
-const delivered = [];
-let posting = false;
-let pauseTimer = 0, tries = 0;      // after an answer that was none
-let lostAt = 0;                     // when a gap came: the events of letters tried before it may be lost
-
-/** Draft and outbox live in this tab's storage, under the name they were written with. */
-function save() {
-  const letters = outbox.filter((m) => m.state !== 'sent')
-    .map(({ id, text, at, state }) => ({ id, text, at, state }));
-  try {
-    sessionStorage.setItem('chat', JSON.stringify({ name: me, draft: box.value, letters }));
-  } catch { /* full or forbidden: the page works without */ }
-}
-
-function restore() {
-  let kept = { name: '', draft: '', letters: [] };
-  try {
-    kept = JSON.parse(sessionStorage.getItem('chat') ?? '') ?? kept;
-  } catch { /* nothing there */ }
-  if (kept.name !== me) kept = { name: me, draft: '', letters: [] };
-  const early = box.value;          // typed before this script was here
-  write(early === kept.draft ? early : kept.draft + early); // before the letters: it saves
-  for (const letter of kept.letters) queueLetter(letter);
-}
-
-/** 128 bits, as text. (crypto.randomUUID does not exist on plain http.) */
-function newId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  return Array.from(bytes, (b) => b.toString(16).padStart(2, '0')).join('');
-}
+const outbox = new Outbox({ draw, refuse, miss, login: toLogin });
 
 function submit() {
   const text = box.value;
   if (!text.trim() || length(text) > MAX) return;
-  queueLetter({ id: newId(), text, at: Date.now(), state: 'waiting' });
-  lastText = text;
-  write('');
-  follow();
-  pump();
+  outbox.write(text);
+  composer.last = text;
+  composer.write('');
+  view.follow();
 }
 
-/** @param {Letter} letter */
-function queueLetter(letter) {
-  outbox.push(letter);
-  letter.node = copy('unsent-row');
-  fill(letter.node.querySelector('.text'), letter.text);
-  letter.node.dataset.colour = colour(me);
-  letter.node.classList.toggle('follows', lastWho === me || outbox.length > 1);
-  unsent.append(letter.node);
-  mark(letter, letter.state);
-}
-
-/** Sets a letter's state and says it. @param {Letter} letter @param {string} state */
-function mark(letter, state, fate = state === 'failed' ? T.not_sent : T.sending) {
-  letter.state = state;
-  letter.node.dataset.state = state;
-  letter.node.querySelector('.fate span').textContent = fate;
+/** Shows a letter and what has become of it. @param {Letter} letter @param {number} [seconds] */
+function draw(letter, seconds) {
+  if (!letter.node) place(letter);
+  const { node, state } = letter;
+  node.dataset.state = state;
+  node.querySelector('.fate span').textContent = state === 'failed' ? T.not_sent
+    : seconds ? say('too_fast', seconds) : T.sending;
   save();
 }
 
-/** Posts what waits, one at a time and in order. */
-async function pump() {
-  const letter = outbox.find((m) => m.state === 'waiting');
-  if (posting || pauseTimer || !letter) return;
-  letter.tried ??= Date.now();
-  posting = true;
-  const tooOld = Date.now() - letter.at > TOO_OLD;
-  const pause = tooOld ? fail(letter) : judge(letter, ...await post(letter));
-  posting = false;
-  pauseTimer = setTimeout(unpause, pause);
-}
-
-function unpause() {
-  clearTimeout(pauseTimer);
-  pauseTimer = 0;
-  pump();
-}
-
-/** The status, 0 without an answer, and the seconds of Retry-After.
- *  @param {Letter} letter @returns {Promise<[number, number]>} */
-async function post(letter) {
-  const stop = new AbortController();
-  const timer = setTimeout(() => stop.abort(), ANSWER);
-  try {
-    const res = await fetch('/post', { method: 'POST', keepalive: true, redirect: 'manual',
-      headers: { 'Idempotency-Key': letter.id }, signal: stop.signal,
-      body: new URLSearchParams({ message: letter.text }) });
-    return [res.status, Number(res.headers.get('Retry-After')) || 0];
-  } catch {
-    return [0, 0];
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-/** What an answer means for a letter; returns the ms to wait before the next POST.
- *  @param {Letter} letter @param {number} code @param {number} seconds */
-function judge(letter, code, seconds) {
-  if (code === 204 || !outbox.includes(letter)) return sent(letter);
-  if (code === 401) return toLogin();
-  if (code === 413 || code === 422) return giveBack(letter);
-  if (code >= 400 && code < 500 && code !== 429) return fail(letter);
-  const live = liveSince && Date.now() - Math.max(liveSince, letter.tried ?? 0);
-  if (live > TRY_FOR) return fail(letter);
-  const pause = Math.max(seconds, 2 ** Math.min(tries++, 3)) * (1 + Math.random() / 4);
-  if (code === 429) mark(letter, 'waiting', say('too_fast', Math.ceil(pause)));
-  return pause * 1000;
-}
-
-/** It is in the room; its row stays until the event is here too. @param {Letter} letter */
-function sent(letter) {
-  tries = 0;
-  if (outbox.includes(letter)) mark(letter, 'sent');
-  deliverSent();
-  return 0;
-}
-
-/** Later ones may pass it now. @param {Letter} letter */
-function fail(letter) {
-  tries = 0;
-  mark(letter, 'failed');
-  return 0;
+/** A new letter goes under the log. @param {Letter} letter */
+function place(letter) {
+  const last = log.lastElementChild?.lastElementChild;
+  const node = letter.node = copy('unsent-row');
+  fill(node.querySelector('.text'), letter.text);
+  node.dataset.colour = colour(me);
+  node.classList.toggle('follows', outbox.letters.length > 1 || last?.dataset.who === me);
+  unsent.append(node);
 }
 
 /** The server will never take it: back to the field with it. @param {Letter} letter */
-function giveBack(letter) {
-  remove(letter);
+function refuse(letter) {
   letter.node.remove();
   const end = box.value.length;     // the cursor stays with who is writing
   box.setRangeText((end ? '\n' : '') + letter.text, end, end, end ? 'preserve' : 'end');
-  typed();
+  composer.typed();
   if (!send.disabled) notice.textContent = T.refused;
-  return 0;
 }
 
-/** @param {Letter} letter */
-function remove(letter) {
-  outbox.splice(outbox.indexOf(letter), 1);
-  save();
-}
-
-/** The event with a letter's id is here. @param {Told} e */
-function deliver(e) {
-  const letter = outbox.find((m) => m.id === e.id);
-  if (!letter) return;
-  remove(letter);
-  delivered.push(letter.node);
-  if (!isMine(e)) location.reload(); // the session has another name than this page
-}
-
-/** Events were lost, perhaps those of letters. */
-function lose() {
-  lostAt = Date.now();
-  deliverSent();
-}
-
-/** Shows the letters that are in the room and were tried before the gap, as if their events had come. */
-function deliverSent() {
+/** It is in the room, but its message was lost on the way here. @param {Letter} letter */
+function miss({ key, text }) {
   const time = new Date().toTimeString().slice(0, 8);
-  for (const { id, text } of outbox.filter((m) => m.state === 'sent' && (m.tried ?? Infinity) <= lostAt)) {
-    arrive({ type: 'message', id, text: `[${time}] ${me}: ${text}` });
-  }
+  arrive({ type: 'message', id: key, text: `[${time}] ${me}: ${text}` });
 }
 
 /** The session has ended. Draft and outbox stay, for the same name. */
 function toLogin() {
   location.assign('/login');
-  return TRY_FOR;
 }
 
 unsent.addEventListener('click', (/** @type {any} */ { target }) => {
-  const letter = outbox.find((m) => m.state === 'failed' && m.node.contains(target));
+  const letter = outbox.letters.find((m) => m.state === 'failed' && m.node.contains(target));
   if (!letter || !target.value) return;
   if (target.value === 'retry') {
-    Object.assign(letter, { at: Date.now(), tried: undefined });
-    mark(letter, 'waiting');
-    pump();
+    outbox.retry(letter);
   } else {
-    remove(letter);
+    outbox.remove(letter);
     letter.node.remove();
+    save();
   }
   box.focus();
 });
 
 // ---- composing ----
 
-let lastText = '';
-
 /** Characters as the server counts them. @param {string} text */
 const length = (text) => [...text].length;
 
-/** @param {string} text */
-function write(text) {
-  box.value = text;
-  typed();
-}
+const composer = {
+  last: '',                         // the text sent last
 
-/** After every change of the field. */
-function typed() {
-  const left = MAX - length(box.value);
-  send.disabled = left < 0;
-  notice.textContent = left < 0 ? say('too_long', -left)
-    : left <= MAX - COUNT_FROM ? say('chars_left', left) : '';
-  notice.dataset.state = left < 0 ? 'error' : '';
-  if (!CSS.supports('field-sizing', 'content')) grow();
-  save();
-}
+  /** @param {string} text */
+  write(text) {
+    box.value = text;
+    this.typed();
+  },
+
+  /** After every change of the field. */
+  typed() {
+    const left = MAX - length(box.value);
+    send.disabled = left < 0;
+    notice.textContent = left < 0 ? say('too_long', -left)
+      : left <= MAX - COUNT_FROM ? say('chars_left', left) : '';
+    notice.dataset.state = left < 0 ? 'error' : '';
+    if (!CSS.supports('field-sizing', 'content')) grow();
+    save();
+  },
+
+  /** @param {KeyboardEvent} e */
+  key(e) {
+    if (e.isComposing || e.keyCode === 229) return; // this Enter only confirms a word
+    if (e.key === 'Enter' && (e.ctrlKey || e.metaKey || !(e.shiftKey || e.altKey))) {
+      e.preventDefault();
+      submit();
+    } else if (e.key === 'ArrowUp' && !box.value && this.last) {
+      e.preventDefault();
+      this.write(this.last);
+    }
+  },
+
+  start() {
+    restore();
+    box.addEventListener('keydown', (/** @type {KeyboardEvent} */ e) => this.key(e));
+    box.addEventListener('input', () => this.typed());
+    send.addEventListener('mousedown', (/** @type {Event} */ e) => e.preventDefault()); // keyboard stays
+    form.addEventListener('submit', (/** @type {Event} */ e) => { e.preventDefault(); submit(); });
+    $('logout').addEventListener('submit', logout);
+    if (matchMedia('(pointer: fine)').matches) box.focus();
+  },
+};
 
 /** As high as its text; CSS knows the limit. */
 function grow() {
@@ -597,26 +600,22 @@ function grow() {
   log.scrollTop = top;        // the log was higher for a moment, which may have moved it
 }
 
-/** @param {KeyboardEvent} e */
-function key(e) {
-  if (e.isComposing || e.keyCode === 229) return; // this Enter only confirms a word
-  if (e.key === 'Enter' && (e.ctrlKey || e.metaKey || !(e.shiftKey || e.altKey))) {
-    e.preventDefault();
-    submit();
-  } else if (e.key === 'ArrowUp' && !box.value && lastText) {
-    e.preventDefault();
-    write(lastText);
-  }
+/** Draft and outbox live in this tab's storage, under the name they were written with. */
+function save() {
+  try {
+    sessionStorage.setItem('chat', JSON.stringify({ name: me, draft: box.value, letters: outbox.unsent() }));
+  } catch { /* full or forbidden: the page works without */ }
 }
 
-function startComposing() {
-  restore();
-  box.addEventListener('keydown', key);
-  box.addEventListener('input', typed);
-  send.addEventListener('mousedown', (/** @type {Event} */ e) => e.preventDefault()); // keyboard stays
-  form.addEventListener('submit', (/** @type {Event} */ e) => { e.preventDefault(); submit(); });
-  $('logout').addEventListener('submit', logout);
-  if (matchMedia('(pointer: fine)').matches) box.focus();
+function restore() {
+  let kept = { name: '', draft: '', letters: [] };
+  try {
+    kept = JSON.parse(sessionStorage.getItem('chat') || '') || kept;
+  } catch { /* nothing there */ }
+  if (kept.name !== me) kept = { name: me, draft: '', letters: [] };
+  const early = box.value;          // typed before this script was here
+  composer.write(early === kept.draft ? early : kept.draft + early); // before the letters: it saves
+  for (const letter of kept.letters) outbox.take(letter);
 }
 
 /** @param {Event} e */
@@ -638,5 +637,5 @@ if (tabs) tabs.onmessage = ({ data }) => {
 };
 tabs?.postMessage(me);
 
-if (form) startComposing();
+if (form) composer.start();
 connect(arrive);
