@@ -8125,7 +8125,7 @@ func TestLessonCounts(t *testing.T) {
 	if got := js[int](b, "return num('sse', 'bytes')"); got != head+body {
 		t.Errorf("SSE received %d bytes by the page's count, %d by ours", got, head+body)
 	}
-	empty := len("retry: 2000\n\n") + len(pingAt(lessonKey(0)))
+	empty := len("retry: 2000\n") + len(pingAt(lessonKey(0)))
 	messages := body - empty // the rest of the twin's: the same two messages
 	b.wait("polling's bytes are exact", "num('polling', 'bytes') === num('polling', 'requests') * arguments[0] + arguments[1]", head+empty, messages)
 
@@ -8353,7 +8353,7 @@ func TestLessonLooks(t *testing.T) {
 		b.checks(
 			check{c.lang, fmt.Sprintf("document.documentElement.lang === '%s' && document.title === '%s' && $('h1').textContent === '%s' && $('#break').textContent === '%s'", c.lang, c.title, c.title, c.button)},
 			check{"which process, and where the room is", fmt.Sprintf("$('main').innerText.includes('process ') && $('main').innerText.includes('%s')", c.behind)},
-			check{"the commands of one post", fmt.Sprintf(`$('pre').innerText === 'MULTI\nRPUSH %[1]s:history ' + $('#entry').textContent + '\nLTRIM %[1]s:history -4096 -1\nPUBLISH %[1]s:id ' + $('#id').textContent + '\nPUBLISH %[1]s ' + $('#line').textContent + '\nEXEC'`, channel)},
+			check{"the commands of one post", fmt.Sprintf(`$('pre').innerText === 'MULTI\nRPUSH %[1]s:history ' + $('#entry').textContent + '\nLTRIM %[1]s:history -4608 -1\nPUBLISH %[1]s:id ' + $('#id').textContent + '\nPUBLISH %[1]s ' + $('#line').textContent + '\nEXEC'`, channel)},
 			check{"lines to type", fmt.Sprintf("$$('pre').some((n) => n.textContent === 'redis-cli SUBSCRIBE %[1]s') && $$('pre').some((n) => n.textContent === 'redis-cli PUBLISH %[1]s hi')", channel)},
 			check{"a way back to the room", "$('header a').pathname === '/' && seen($('header a'))"},
 		)

@@ -6,12 +6,12 @@
                       entry with its times and its exact bytes. The open one has no entry yet, so
                       its bytes are counted from the events
      drawing          ten times a second what was counted goes into the page
-     sending          a POST with an id drawn here: the delay is the time until that id arrives
+     sending          a POST with a key drawn here: the delay is the time until that key arrives
      the wire         the newest message once more with fetch, whose answer is seen as it is
      who looks        while nobody looks, or after Break, there is no connection
 
    Nothing is estimated. What was not measured is an empty cell. */
-export {};                    // a module, with names of its own
+import { keyOf, newKey } from './keys.js';
 
 const WINDOW = 40;            // s on the time line, as its axis in lesson.html says
 const PLOT = 50;              // delays in the plot
@@ -56,7 +56,7 @@ const now = () => performance.now();
 let start = '';
 /** Bytes of the header of an answer. Every answer has the same one. */
 let headBytes = 0;
-/** When the newest messages were sent from here, by their id. @type {Map<string, number>} */
+/** When the newest messages were sent from here, by their key. @type {Map<string, number>} */
 const posted = new Map();
 
 /** A request: times in ms since the page was opened, end is 0 while it is open; the bytes of the
@@ -82,7 +82,7 @@ class Way {
   source = null;
 
   /** @param {string} id @param {string} wait as in ?wait=, '' for a stream
-   *  @param {number} retryBytes of the first line of an answer, which is no event: `retry: 2000`
+   *  @param {number} retryBytes of the first line of an answer, which no event tells: `retry: 2000`
    *  @param {string} name @param {string} about */
   constructor(id, wait, retryBytes, name, about) {
     this.wait = wait;
@@ -156,7 +156,7 @@ class Way {
   /** @param {MessageEvent} e */
   receive(e) {
     const last = this.requests.at(-1);
-    if (last && !last.exact) last.bytes += frameBytes(e, last.pinged);
+    if (last && !last.exact) last.bytes += frameBytes(e, last.pinged, this.cursor);
     if (last && e.type === 'ping') last.pinged = true;
     if (last && e.type === 'gap') last.pinged = false;
     if (e.type === 'message') this.arrive(e, last);
@@ -172,7 +172,7 @@ class Way {
     if (by) by.messages++;
     this.newest = [e.data, ...this.newest].slice(0, NEWEST);
     mark(this, 'dot', now());
-    const sent = posted.get(e.lastEventId);
+    const sent = posted.get(keyOf(e.lastEventId));
     if (sent !== undefined) this.delays = [...this.delays, now() - sent].slice(-PLOT);
     if (!this.wait) look(e, this.cursor);
   }
@@ -197,18 +197,20 @@ class Way {
 }
 
 /** The bytes of an event on the wire, as the server writes it. Messages come with their id, and the
- *  first ping of an answer or after a gap. @param {MessageEvent} e @param {boolean} pinged */
-function frameBytes(e, pinged) {
+ *  first ping of an answer or after a gap; a gap may have one.
+ *  @param {MessageEvent} e @param {boolean} pinged @param {string} cursor the id before it */
+function frameBytes(e, pinged, cursor) {
   const named = e.type === 'message' ? '' : `event: ${e.type}\n`;
-  const id = e.type === 'message' || (e.type === 'ping' && !pinged) ? `id: ${e.lastEventId}\n` : '';
+  const hasId = e.type === 'message' || (e.type === 'ping' ? !pinged : e.lastEventId !== cursor);
+  const id = hasId && e.lastEventId ? `id: ${e.lastEventId}\n` : '';
   const data = e.type === 'message' ? `data: ${e.data.replaceAll('\n', '\ndata: ')}` : 'data:';
   return size(`${named}${id}${data}\n\n`);
 }
 
 const all = [
-  new Way('polling', '0', 13, T.lesson_polling, T.lesson_polling_about),
-  new Way('long', '25s', 12, T.lesson_long, T.lesson_long_about),
-  new Way('sse', '', 13, T.lesson_sse, T.lesson_sse_about),
+  new Way('polling', '0', 12, T.lesson_polling, T.lesson_polling_about),
+  new Way('long', '25s', 11, T.lesson_long, T.lesson_long_about),
+  new Way('sse', '', 12, T.lesson_sse, T.lesson_sse_about),
 ];
 
 /* The browser's list of entries is full at 250; those that were read are thrown away. */
@@ -320,25 +322,19 @@ freeze.addEventListener('click', () => {
 
 // ---- sending ----
 
-/** The text in the field and its id, which stays the same until it is in the room. */
-let letter = { text: '', id: '' };
+/** The text in the field and its key, which stays the same until it is in the room. */
+let letter = { text: '', key: '' };
 
-/** 128 bits, as text. (crypto.randomUUID does not exist on plain http.) */
-function newId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  return Array.from(bytes, (b) => b.toString(16).padStart(2, '0')).join('');
-}
-
-/** Sends a text, and tells whether it is in the room. @param {string} text @param {string} id */
-async function post(text, id) {
-  if (!posted.has(id)) posted.set(id, now());
+/** Sends a text, and tells whether it is in the room. @param {string} text @param {string} key */
+async function post(text, key) {
+  if (!posted.has(key)) posted.set(key, now());
   if (posted.size > PLOT) posted.delete(posted.keys().next().value ?? '');
   const marks = all.map((way) => mark(way, 'post', now()));
-  const res = await fetch('/post', { method: 'POST', headers: { 'Idempotency-Key': id },
+  const res = await fetch('/post', { method: 'POST', headers: { 'Idempotency-Key': key },
     body: new URLSearchParams({ message: text }) }).catch(() => null);
   if (res?.status === 401) location.assign('/login');
   if (res && res.status >= 400 && res.status < 500) { // refused: it was not sent
-    posted.delete(id);
+    posted.delete(key);
     for (const node of marks) node.remove();
   }
   notice.textContent = res?.ok ? '' : refusal(res);
@@ -355,17 +351,17 @@ say.addEventListener('submit', async (/** @type {Event} */ e) => {
   e.preventDefault();
   const text = field.value;
   if (!text.trim()) return field.focus();
-  if (letter.text !== text) letter = { text, id: newId() };
-  const { id } = letter;
-  if (!await post(text, id) || letter.id !== id) return;
-  letter = { text: '', id: '' };
+  if (letter.text !== text) letter = { text, key: newKey() };
+  const { key } = letter;
+  if (!await post(text, key) || letter.key !== key) return;
+  letter = { text: '', key: '' };
   if (field.value === text) field.value = '';
 });
 
 /* At times that have nothing to do with the two seconds of polling. */
 ten.addEventListener('click', async () => {
   ten.disabled = true;
-  for (let i = 1; i <= 10 && await post(`${i}/10`, newId()); i++) await sleep(700 + Math.random() * 800);
+  for (let i = 1; i <= 10 && await post(`${i}/10`, newKey()); i++) await sleep(700 + Math.random() * 800);
   ten.disabled = false;
 });
 
