@@ -6855,9 +6855,16 @@ func TestPageText(t *testing.T) {
 		{"https://example.com/?q=1&x=%20#top!", "https://example.com/?q=1&x=%20#top"},
 		{"http:// and https://. and ftp://example.com", ""},
 		{"https://[bad", ""},
-		{"https://go.dev/(a)" + strings.Repeat(")", 3982), "https://go.dev/(a)"},
-		{"https://go.dev/" + strings.Repeat("(", 1990) + strings.Repeat(").", 1990), "https://go.dev/" + strings.Repeat("(", 1990) + strings.Repeat(").", 1989) + ")"},
+		{"https://go.dev/(a)" + strings.Repeat(")", 382), "https://go.dev/(a)"},
+		{"https://go.dev/" + strings.Repeat("(", 190) + strings.Repeat(").", 190), "https://go.dev/" + strings.Repeat("(", 190) + strings.Repeat(").", 189) + ")"},
 		{"HTTPS and www.example.com", ""},
+		{"Https://Go.dev/ as phones write it", "Https://Go.dev/"},
+		{"https://münchen.example/a", "https://münchen.example/a"},
+		{"https://zh.example/wiki/中文，好", "https://zh.example/wiki/中文"},
+		{"（https://example.com/x）[https://example.com/y]", "https://example.com/x https://example.com/y"},
+		{"https://example.com/a[1] https://example.com/a[1]]", "https://example.com/a[1] https://example.com/a[1]"},
+		{"http://chat.test@evil.example/ https://a:b@evil.example/", ""},
+		{"http:///evil.example", ""},
 	} {
 		p.send(frame(id(), "[10:00:00] 李雷: "+c.text))
 		b.hasText(c.text)
@@ -6869,23 +6876,64 @@ func TestPageText(t *testing.T) {
 	b.hasText("a link https://example.com/")
 	b.checks(check{"a link tells its target nothing", `(a => a.rel === 'noopener noreferrer nofollow' && a.target === '_blank' && a.href === 'https://example.com/')($('#log .row:last-child a'))`})
 
-	p.send(frame(id(), "[10:00:00] 李雷: before\n```python\n<b>x</b> = `1`\n\ty\n```\nafter `code` end"))
-	b.checks(
-		check{"a fence is code", "(pre => pre && pre.textContent === '<b>x</b> = `1`\\n\\ty' && pre.dataset.language === 'python')($('#log .row:last-child pre'))"},
-		check{"what is around it is not", "texts().at(-1).startsWith('before<b>') && texts().at(-1).endsWith('after code end')"},
-		check{"`code` is code, in monospace", "(c => c.textContent === 'code' && /mono/i.test(getComputedStyle(c).fontFamily))($('#log .row:last-child code'))"},
-	)
-	p.send(frame(id(), "[10:00:00] 李雷: ```"))
-	b.hasText("```")
+	for _, c := range []struct{ text, want string }{
+		{"before\n```python\n<b>x</b> = `1`\n\n\ty\n```\nafter `code` end", "before|PRE python:<b>x</b> = `1`\n\n\ty|after |CODE:code| end"},
+		{"代码：```\nint a;\n```\n谢谢", "代码：|PRE:int a;|谢谢"},
+		{"   ```  go  vet\n    a\n b\n  ```", "PRE go: a\nb"},
+		{"````\n```\n````\nend", "PRE:```|end"},
+		{"```\nnever closed\n\nlast", "PRE:never closed\n\nlast"},
+		{"```" + strings.Repeat("j", 400) + "\nx", "PRE " + strings.Repeat("j", 20) + ":x"},
+		{"``a`b`` and `` ` `` and ```print(1)```", "CODE:a`b| and |CODE:`| and |CODE:print(1)"},
+		{"```", "```"},
+		{"use ``` or ``two\nlines``", "use ``` or ``two\nlines``"},
+		{strings.Repeat("`a` ", 60), strings.Repeat("CODE:a| |", 39) + "CODE:a|" + strings.Repeat(" `a`", 20) + " "},
+	} {
+		p.send(frame(id(), "[10:00:00] 李雷: "+c.text))
+		js[any](b, "window.parts = (node) => [...node.childNodes].map((n) => { const pre = n.querySelector?.('pre'); return pre ? ['PRE', pre.dataset.language].filter(Boolean).join(' ') + ':' + pre.textContent : n.nodeName === '#text' ? n.data : n.nodeName + ':' + n.textContent; }).join('|')")
+		b.wait(fmt.Sprintf("%.60q becomes %.60q", c.text, c.want), "$('#log .row:last-child .text') && parts($('#log .row:last-child .text')) === arguments[0]", c.want)
+	}
+	b.checks(check{"`code` is in monospace", "/mono/i.test(getComputedStyle($('#log code')).fontFamily) && /mono/i.test(getComputedStyle($('#log pre')).fontFamily)"})
+	p.send(frame(id(), "[10:00:00] 李雷: ```go\nfunc main() {\n\tx()\n}\n```"))
+	b.wait("a block", "$('#log .row:last-child pre') && $('#log .row:last-child pre').textContent.startsWith('func')")
+	b.click("#log .row:last-child .copy")
+	b.checks(check{"its button says what it did", "$('#log .row:last-child .copy').textContent === 'Copied'"})
+	if got := b.pasted(); got != "func main() {\n\tx()\n}" {
+		t.Errorf("the button of a block copied %q", got)
+	}
+	b.checks(check{"and what it is for", "$('#log .row:last-child .copy').textContent === 'Copy'"})
 
 	lines := strings.Repeat("line\n", 29) + "last"
 	p.send(frame(id(), "[10:00:00] 李雷: "+lines))
-	b.checks(check{"a long text shows twelve lines", `$('#log .more') && $('#log .more').textContent === 'Show all 30 lines' && texts().at(-1) === 'line\n'.repeat(11) + 'lineShow all 30 lines'`})
+	b.checks(check{"a long text shows ten lines", `$('#log .more') && $('#log .more').textContent === 'Show all 30 lines' && texts().at(-1) === 'line\n'.repeat(9) + 'line'`})
 	b.checks(check{"the button stands in line with the text", `(() => {
 		const left = (node) => { const r = document.createRange(); r.selectNodeContents(node); return r.getBoundingClientRect().left; };
-		return Math.abs(left($('#log .more').firstChild) - left(row(texts().at(-1)).querySelector('.text').firstChild)) < .5; })()`})
+		return Math.abs(left($('#log .more').firstChild) - left($('#log .row:last-child .text').firstChild)) < .5; })()`})
+	p.send(frame(id(), "[10:00:00] 李雷: the next one"))
+	b.hasText("the next one")
+	js[any](b, "getSelection().setBaseAndExtent(row(arguments[0]).querySelector('.text').firstChild, 0, row('the next one').querySelector('.text').firstChild, 3)", strings.Repeat("line\n", 9)+"line")
+	b.command("copy")
+	if got := strings.Join(strings.Fields(b.pasted()), " "); !strings.HasPrefix(got, strings.ReplaceAll(lines, "\n", " ")) || !strings.HasSuffix(got, "the") || strings.Contains(got, "Show") {
+		t.Errorf("a folded text and the next one are copied as %q", got)
+	}
+	b.checks(check{"and it is folded as before", "texts().at(-2) === 'line\\n'.repeat(9) + 'line'"})
 	b.click("#log .more")
 	b.hasText(lines)
+	b.checks(check{"unfolded, without the button", "!$('#log .more')"})
+	long := strings.Repeat("字", 700) + "https://example.com/" + strings.Repeat("a", 500)
+	p.send(frame(id(), "[10:00:00] 李雷: "+strings.Repeat("字", 590)+long))
+	b.wait("a text of many characters too", "$('#log .more')")
+	b.checks(
+		check{"is folded, no link is cut", "$('#log .more').textContent === 'Show all' && texts().at(-1) === '字'.repeat(500) && !$('#log .row:last-child a')"},
+		check{"to at most ten lines", "(n => n.offsetHeight <= 10.1 * parseFloat(getComputedStyle(n).lineHeight))($('#log .row:last-child .text'))"},
+	)
+	js[any](b, "$('#log .more').remove()")
+	b.size(340, 700)
+	narrow := strings.Repeat("字 ", 200)
+	p.send(frame(id(), "[10:00:00] 李雷: "+narrow))
+	b.checks(check{"and one that is over twelve lines as drawn", "$('#log .more') && $('#log .more').textContent === 'Show all' && texts().at(-1) === '字 '.repeat(200)"})
+	b.click("#log .more")
+	b.checks(check{"what was hidden is higher than the button was", "$('#log .row:last-child .text').offsetHeight > 12 * 24 && !$('#log .more')"})
+	b.size(1280, 800)
 
 	p.send(frame("0.abcdefgh", "hi there: from <redis-cli>"))
 	b.hasText("hi there: from <redis-cli>")
@@ -6901,10 +6949,77 @@ func TestPageText(t *testing.T) {
 	b.checks(check{"an id is shown once", "count('twice') === 1"})
 }
 
+// pasted is what the clipboard holds. It is pasted into the field, which is empty then.
+func (b *browser) pasted() string {
+	b.t.Helper()
+	js[any](b, "document.activeElement.blur(); getSelection().removeAllRanges(); $('#text').value = ''; $('#text').focus()")
+	b.command("paste")
+	text := js[string](b, "return $('#text').value")
+	js[any](b, "$('#text').value = ''; $('#text').dispatchEvent(new Event('input'))")
+	return text
+}
+
+// command does what a menu or a key of the browser would: copy, paste.
+func (b *browser) command(name string) {
+	b.t.Helper()
+	b.cdp("Input.dispatchKeyEvent", map[string]any{"type": "keyDown", "key": "F24", "commands": []string{name}})
+	b.cdp("Input.dispatchKeyEvent", map[string]any{"type": "keyUp", "key": "F24"})
+}
+
 var lastID int
 
 // id draws the next id for a frame.
 func id() string { lastID++; return fmt.Sprintf("id-of-a-test-%06d", lastID) }
+
+// Texts that are dear to lay out: a page of them comes in at most three times the time of a page of
+// plain ones.
+func TestPageHostileTexts(t *testing.T) {
+	b := startBrowser(t)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+	const messages = 200
+	opens := func(text string) time.Duration {
+		t.Helper()
+		url := startChat(t, "-rate", "0")
+		say := httpClient(t, url, "Ada")
+		for range messages {
+			say(text)
+		}
+		b.login(url, "小明")
+		least := time.Hour
+		for range 3 {
+			begun := time.Now()
+			b.open(url)
+			b.wait("all are there", "$$('#log .row').length === arguments[0]", messages)
+			b.settle()
+			least = min(least, time.Since(begun))
+		}
+		return least
+	}
+	plain := opens(strings.Repeat("word ", maxMessage/5))
+	for _, c := range []struct{ what, text string }{
+		{"code, 1333 times", strings.Repeat("`a`", maxMessage/3)},
+		{"code between words, 1000 times", strings.Repeat("`a` ", maxMessage/4)},
+		{"one letter with 3999 marks", "e" + strings.Repeat("\u0301", maxMessage-1)},
+		{"many letters with many marks", strings.Repeat("e"+strings.Repeat("\u0301\u0316", 12), maxMessage/25)},
+		{"Latin and Arabic letters in turn", strings.Repeat("aا", maxMessage/2)},
+		{"tabs", "x" + strings.Repeat("\t", maxMessage-2) + "x"},
+		{"line breaks", "x" + strings.Repeat("\n", maxMessage-2) + "x"},
+		{"links", strings.Repeat("http://a.b ", maxMessage/11)},
+		{"blocks of code", strings.Repeat("```\na\n```\n", maxMessage/10)},
+		{"backticks that nothing closes", strings.Repeat("`a``b", maxMessage/5)},
+	} {
+		took := opens(c.text)
+		t.Logf("%s: %v, %.1f times a plain page's %v", c.what, took, float64(took)/float64(plain), plain)
+		if took > 3*plain {
+			t.Errorf("%s: %v, a page of plain texts %v", c.what, took, plain)
+		}
+		b.checks(
+			check{c.what + " is folded", "$$('.more').length === $$('#log .row').length || $('#log .text').textContent.length < 500"},
+			check{c.what + " has at most 81 pieces, none of them empty", "$$('#log .text').every((n) => n.childNodes.length <= 82 && [...n.childNodes].every((c) => c.textContent || c.className === 'rest'))"},
+			check{c.what + " stays inside its row", "$('#log .row').getBoundingClientRect().height < 500 && /clip|hidden/.test(getComputedStyle($('#log .text')).overflowY)"},
+		)
+	}
+}
 
 func TestPageIME(t *testing.T) {
 	b, p := visit(t)
@@ -7940,6 +8055,8 @@ func TestPageProjector(t *testing.T) {
 	p.send(frame(id(), "[10:00:00] Ada: ```go\nx\n```"))
 	b.checks(check{"the language of code can be read from the last row too", "$('pre') && parseFloat(getComputedStyle($('pre'), '::before').fontSize) >= 20"})
 	b.checks(check{"at 1280 px too", "parseFloat(getComputedStyle($('#log .text')).fontSize) >= 28 && document.scrollingElement.scrollWidth <= innerWidth && bottom() < 2"})
+	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("long ", 400)))
+	b.checks(check{"a long text is folded, and nobody is there to unfold it", "$('#log .folded') && $('#log .folded').offsetHeight < innerHeight && !$('.more') && !$('.copy')"})
 	p.stop()
 	b.wait("the banner", "state() === 'reconnecting'")
 	b.checks(check{"nobody is told to go on writing", "$('#status').textContent === 'Connecting…'"})
@@ -7986,7 +8103,7 @@ func TestPageClean(t *testing.T) {
 	jar, _ := cookiejar.New(nil)
 	client := &http.Client{Jar: jar}
 	total := 0
-	for _, path := range []string{"/login", "/", "/assets/chat.css", "/assets/chat.js", "/assets/stream.js", "/assets/outbox.js", "/assets/keys.js"} {
+	for _, path := range []string{"/login", "/", "/assets/chat.css", "/assets/chat.js", "/assets/stream.js", "/assets/outbox.js", "/assets/text.js", "/assets/keys.js"} {
 		res, err := client.PostForm(p.target+"/login", url.Values{"user": {"Ada"}})
 		if err == nil {
 			res.Body.Close()

@@ -5,13 +5,13 @@
      are in <template>s. Its looks are chat.css. The script moves text between nodes and sets
      data-state and the like; it never makes markup out of text, so nothing that anybody writes
      can be more than text. Four parts have files of their own: stream.js brings the events,
-     outbox.js sends, keys.js says which message is which.
+     outbox.js sends, keys.js says which message is which, text.js what is code and a link.
 
      receiving    arrive → inbox.queue → inbox.flush: events wait in a queue, and are put into the
                   page at most ten times a second
      rows         a message becomes a row; rows lie in sections of 50, so that the browser lays
                   out the last 50 and not the last 1000
-     text         line breaks, ``` code ```, `code`, links
+     text         pieces become nodes; a long text is folded
      scrolling    stays at the end, unless the reader has scrolled up
      connection   connecting → live → reconnecting or offline
      sending      submit → outbox: the message stands under the log until it comes back
@@ -22,9 +22,11 @@
 import { connect } from './stream.js';
 import { keyOf } from './keys.js';
 import { Outbox } from './outbox.js';
+import { cut, pieces } from './text.js';
 
 /** @typedef {import('./stream.js').Told} Told */
 /** @typedef {import('./outbox.js').Letter} Letter */
+/** @typedef {import('./text.js').Piece} Piece */
 /** What waits to be put in: an event, with the key of its message, and whether that is a copy.
  *  @typedef {Told & {key: string, copy: boolean}} Waiting */
 
@@ -34,7 +36,9 @@ const KEEP = 1000, KEEP_READING = 5000; // rows kept; while the reader is furthe
 const REMEMBER = 8192;              // keys known, so that a message is shown once
 const NEAR = 48;                    // px from the end that count as the end
 const GROUP = 300;                  // s in which messages of one author stand together
-const LINES = 12;                   // lines shown of a long text
+const CHARS = 800, LINES = 12;      // a longer text is folded
+const CHARS_SHOWN = 500, LINES_SHOWN = 10; // to this: what it hides is higher than the button
+const SAID = 2_000;                 // ms for which a button says what it did
 const MAX = 4000, COUNT_FROM = 3200; // characters of a message
 const GRACE = 2_000;                // ms a connection may be lost unnoticed
 
@@ -131,6 +135,7 @@ const inbox = {
     for (const e of batch) history.put(e);
     for (const node of this.arrived.splice(0)) node.remove();
     list.trim();
+    folds.measure();
     if (!this.backlog) showEmpty();
     view.grown(fresh.filter((e) => !isMine(e)).length);
   },
@@ -302,73 +307,115 @@ function previous(node) {
 
 // ---- text ----
 
-/** Puts a message's text into its node, a long one folded. @param {HTMLElement} node
+/** Puts a message's text into its node; a long one is folded. @param {HTMLElement} node
  *  @param {string} text */
 function fill(node, text) {
-  const lines = text.split('\n');
-  if (lines.length <= LINES) return node.append(pretty(text));
-  const more = copy('more');
-  more.textContent = say('show_all', lines.length);
-  more.onclick = () => {
-    node.replaceChildren(pretty(text));
-    view.stuck = projector || view.atEnd(); // who unfolds a text wants to read it
-  };
-  node.append(pretty(lines.slice(0, LINES).join('\n')), more);
+  const all = pieces(text), lines = text.split('\n').length;
+  if (length(text) <= CHARS && lines <= LINES) {
+    node.append(render(all));
+    if (text.length > CHARS / 6 || lines > LINES / 3) folds.unsure.push(node);
+    return;
+  }
+  const [head, rest] = cut(all, CHARS_SHOWN, LINES_SHOWN);
+  node.append(render(head));
+  folds.fold(node, all, rest, lines > LINES ? say('show_all', lines) : T.show_rest);
 }
 
-/** A fence, alone on its line: ```python */
-const FENCE = /^```([\w+#.-]*) *$\n?/m;
-
-/** @param {string} text with ``` fences */
-function pretty(text) {
+/** @param {Piece[]} list */
+function render(list) {
   const out = document.createDocumentFragment();
-  const parts = text.split(FENCE);  // text, language, code, (nothing), text, language…
-  for (let i = 0; i < parts.length; i += 2) {
-    const isCode = i % 4 === 2;
-    const last = i + 1 === parts.length && !isCode;
-    const part = last ? parts[i] : parts[i].replace(/\n$/, '');
-    if (!part) continue;
-    out.append(isCode ? code(part, parts[i - 1]) : inline(part));
-  }
-  if (!out.textContent) out.append(text);
+  list.forEach(({ kind, text, language }) => {
+    if (kind === 'block') out.append(block(text, language ?? ''));
+    else if (kind === 'text') out.append(text);
+    else out.append(kind === 'code' ? element('code', text) : link(text));
+  });
   return out;
 }
 
 /** @param {string} text @param {string} language */
-function code(text, language = '') {
-  const node = element('pre', text);
-  if (language) node.dataset.language = language;
+function block(text, language) {
+  const node = copy('block'), pre = node.querySelector('pre');
+  pre.textContent = text;
+  if (language) pre.dataset.language = language;
+  if (projector) node.querySelector('button').remove();
   return node;
 }
 
-const TOKEN = /`([^`\n]+)`|https?:\/\/[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+/g;
-
-/** Text with `code` and links. @param {string} text */
-function inline(text) {
-  const out = document.createDocumentFragment();
-  let at = 0;
-  for (const m of text.matchAll(TOKEN)) {
-    const node = m[1] ? element('code', m[1]) : link(m[0]);
-    out.append(text.slice(at, m.index), node);
-    at = m.index + (m[1] ? m[0].length : (node.textContent ?? '').length);
-  }
-  out.append(text.slice(at));
-  return out;
-}
-
-/** A link, without what only ends the sentence. @param {string} url @returns {Node} */
+/** @param {string} url */
 function link(url) {
-  let extra = url.split(')').length - url.split('(').length;
-  let end = url.length;
-  while (/[.,;:!?'*]/.test(url[end - 1]) || url[end - 1] === ')' && extra-- > 0) end--;
-  url = url.slice(0, end);
-  try {
-    new URL(url);
-  } catch {
-    return document.createTextNode(url);
-  }
   const rel = 'noopener noreferrer nofollow';
   return Object.assign(element('a', url), { href: url, target: '_blank', rel });
+}
+
+/** Long texts. Only the beginning is in the page until somebody wants the rest: a few hundred
+ *  characters, whatever they are, are laid out in no time. */
+const folds = {
+  /** Texts that may be too high, to be measured when they are in the page. @type {HTMLElement[]} */
+  unsure: [],
+
+  /** Folds those that are too high. */
+  measure() {
+    const tall = this.unsure.splice(0).filter((node) =>
+      node.offsetHeight > (LINES + .5) * parseFloat(getComputedStyle(node).lineHeight));
+    for (const node of tall) this.fold(node, null, [], T.show_rest);
+  },
+
+  /** @param {HTMLElement} node @param {Piece[] | null} all what is not all in the page
+   *  @param {Piece[]} rest @param {string} label */
+  fold(node, all, rest, label) {
+    node.classList.add('folded');
+    if (all) node.append(this.hidden(rest));
+    if (projector) return;          // nobody is there to unfold it
+    const more = copy('more');
+    more.textContent = label;
+    more.onclick = () => {
+      more.remove();
+      node.classList.remove('folded');
+      if (all) node.replaceChildren(render(all));
+      view.stuck = view.atEnd();    // who unfolds a text wants to read it
+    };
+    node.after(more);
+  },
+
+  /** Where the rest stands while it is copied. @param {Piece[]} rest */
+  hidden(rest) {
+    const node = document.createElement('span');
+    node.className = 'rest';
+    this.rests.set(node, rest);
+    return node;
+  },
+  /** @type {WeakMap<Element, Piece[]>} */
+  rests: new WeakMap(),
+
+  /** Who copies a folded text copies all of it. */
+  copied() {
+    const selection = getSelection();
+    const nodes = [...document.querySelectorAll('.rest')].filter((node) => selection?.containsNode(node, true));
+    for (const node of nodes) node.append(render(this.rests.get(node) ?? []));
+    setTimeout(() => nodes.forEach((node) => node.replaceChildren()));
+  },
+};
+
+document.addEventListener('copy', () => folds.copied());
+
+// ---- copying code ----
+
+body.addEventListener('click', (/** @type {any} */ { target }) => {
+  if (!target.matches('.copy')) return;
+  const text = target.parentElement.querySelector('pre').textContent;
+  if (navigator.clipboard) navigator.clipboard.writeText(text);
+  else copyByHand(text);
+  target.textContent = T.copied;
+  setTimeout(() => { target.textContent = T.copy; }, SAID);
+});
+
+/** On plain http there is no clipboard, but what is selected can be copied. @param {string} text */
+function copyByHand(text) {
+  const field = Object.assign(document.createElement('textarea'), { value: text, className: 'unseen' });
+  body.append(field);
+  field.select();
+  document.execCommand('copy');
+  field.remove();
 }
 
 // ---- scrolling ----
@@ -509,6 +556,7 @@ function place(letter) {
   node.dataset.colour = colour(me);
   node.classList.toggle('follows', outbox.letters.length > 1 || last?.dataset.who === me);
   unsent.append(node);
+  folds.measure();
 }
 
 /** The server will never take it: back to the field with it. @param {Letter} letter */
