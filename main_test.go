@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/big"
 	"math/rand/v2"
 	"net"
@@ -6885,6 +6886,8 @@ func TestPageText(t *testing.T) {
 		{"```" + strings.Repeat("j", 400) + "\nx", "PRE " + strings.Repeat("j", 20) + ":x"},
 		{"``a`b`` and `` ` `` and ```print(1)```", "CODE:a`b| and |CODE:`| and |CODE:print(1)"},
 		{"```", "```"},
+		{"code: ```print(1)```\nno block", "code: |CODE:print(1)|\nno block"},
+		{"https://a.example b", "A:https://a.example| b"},
 		{"use ``` or ``two\nlines``", "use ``` or ``two\nlines``"},
 		{strings.Repeat("`a` ", 60), strings.Repeat("CODE:a| |", 39) + "CODE:a|" + strings.Repeat(" `a`", 20) + " "},
 	} {
@@ -7780,10 +7783,13 @@ func TestPageScroll(t *testing.T) {
 		check{"the end is in sight", "bottom() < 2"},
 		check{"rows lie in sections of 50", "$$('#log > section').length === 6 && $$('#log > section').every((s) => s.children.length === 50 && getComputedStyle(s).contain === 'layout style')"},
 	)
-	js[any](b, "$('#log').scrollTop -= 40")
+	js[any](b, "$('#log').scrollTop -= 200")
+	b.settle()
+	js[any](b, "$('#log').scrollTop += 160")
+	b.settle()
 	many(1, "near")
 	b.hasText("near 0")
-	b.checks(check{"within 48 px of the end it follows", "bottom() < 2 && !seen($('#pill'))"})
+	b.checks(check{"down to 48 px of the end it follows again", "bottom() < 2 && !seen($('#pill'))"})
 
 	js[any](b, "$('#log').scrollTop = 2000")
 	b.settle()
@@ -7865,13 +7871,153 @@ func TestPageScroll(t *testing.T) {
 	b.checks(check{"when it is calm, messages are announced", "texts().at(-1) === 'calm again' && $('#log').getAttribute('aria-live') === 'polite'"})
 }
 
+// In a room where somebody speaks all the time, the reader's hand decides.
+func TestPageBusyRoom(t *testing.T) {
+	b, p := visit(t)
+	b.size(800, 500)
+	n := 0
+	say := func(count int) {
+		for range count {
+			n++
+			p.send(frame(id(), fmt.Sprintf("[10:00:00] Ada: busy %d", n)))
+			time.Sleep(20 * time.Millisecond)
+		}
+		b.hasText(fmt.Sprintf("busy %d", n))
+	}
+	mouse := func(kind string, more map[string]any) {
+		params := map[string]any{"type": kind, "x": 400, "y": 200, "button": "left", "clickCount": 1}
+		maps.Copy(params, more)
+		b.cdp("Input.dispatchMouseEvent", params)
+	}
+	say(60)
+	stays := func(what string, move func()) {
+		t.Helper()
+		js[any](b, "$('#pill').click(); document.activeElement.blur(); getSelection().removeAllRanges(); window.before = $('#log').scrollTop")
+		b.settle()
+		move()
+		say(20)
+		b.checks(check{what + ": the reader is not pulled back", "bottom() > 100 && $('#log').scrollTop <= before && /^[12]\\d new messages$/.test($('#pill').textContent)"})
+	}
+	stays("the wheel", func() { mouse("mouseWheel", map[string]any{"deltaX": 0, "deltaY": -30, "button": "none"}) })
+	key := func(name string) {
+		js[any](b, "$('#log').focus()")
+		b.keys("#log", name)
+	}
+	stays("Page Up", func() { key("\uE00E") })
+	stays("the arrow up", func() { key("\uE013") })
+	stays("a scroll bar, by one pixel", func() { js[any](b, "$('#log').scrollTop -= 1") })
+	stays("a touch", func() {
+		touch := func(kind string, y ...int) {
+			points := []any{}
+			for _, y := range y {
+				points = append(points, map[string]any{"x": 300, "y": y})
+			}
+			b.cdp("Input.dispatchTouchEvent", map[string]any{"type": kind, "touchPoints": points})
+		}
+		touch("touchStart", 200)
+		say(3)
+		b.checks(check{"a finger that is down holds the page", "Math.abs($('#log').scrollTop - before) < 2 && bottom() > 40"})
+		for y := 205; y < 260; y += 5 {
+			touch("touchMove", y)
+		}
+		touch("touchEnd")
+	})
+	stays("a button that is down, and a text that is selected", func() {
+		spot := js[[]float64](b, "const r = document.createRange(); r.selectNodeContents($$('#log .text').at(-4)); const q = r.getBoundingClientRect(); return [q.left, q.top + q.height / 2]")
+		mouse("mousePressed", map[string]any{"x": spot[0] + 5, "y": spot[1]})
+		say(5)
+		b.checks(check{"a button that is down holds the page", "$('#log').scrollTop === before && bottom() > 40"})
+		mouse("mouseMoved", map[string]any{"x": spot[0] + 40, "y": spot[1], "buttons": 1})
+		mouse("mouseReleased", map[string]any{"x": spot[0] + 40, "y": spot[1]})
+		b.checks(check{"a text is selected", "!getSelection().isCollapsed"})
+	})
+	js[any](b, "getSelection().removeAllRanges()")
+	b.checks(check{"without a selection the end comes back into sight", "bottom() < 2 && !seen($('#pill'))"})
+
+	// Whoever reads and begins to type wants to write.
+	press := func(key string) {
+		b.cdp("Input.dispatchKeyEvent", map[string]any{"type": "keyDown", "key": key, "text": key})
+		b.cdp("Input.dispatchKeyEvent", map[string]any{"type": "keyUp", "key": key})
+	}
+	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("a line\n", 20)))
+	b.wait("a folded text", "$('#log .more')")
+	for _, css := range []string{"#log .row:last-child .text", "#log .more"} {
+		b.click(css)
+		press("h")
+		press("i")
+		b.checks(check{"after a click on " + css + " a key is written", "$('#text').value === 'hi' && document.activeElement === $('#text')"})
+		js[any](b, "$('#text').value = ''; $('#text').blur()")
+	}
+	js[any](b, "$('#log').scrollTop = 0")
+	b.settle()
+	say(1)
+	b.click("#pill")
+	press("h")
+	b.checks(check{"after the pill too", "$('#text').value === 'h' && bottom() < 2"})
+	js[any](b, "$('#log').focus(); window.before = $('#log').scrollTop = 100")
+	b.settle()
+	press(" ")
+	b.checks(check{"a space in the log scrolls", "$('#text').value === 'h' && $('#log').scrollTop > 100"})
+}
+
+// Whose message it is, is decided by the keys that this browser has sent, not by a name that
+// anybody can take.
+func TestPageOwn(t *testing.T) {
+	b, p := visit(t)
+	own := func(text string) string { return fmt.Sprintf("row('%s').classList.contains('own')", text) }
+	b.say("mine")
+	b.hasText("mine")
+	p.send(frame(id(), "[10:00:00] 小明: not mine"))
+	b.hasText("not mine")
+	b.checks(check{"a message of this browser is marked, one under the same name is not", own("mine") + " && !" + own("not mine")},
+		check{"they do not stand together", "!row('not mine').classList.contains('follows')"})
+	js[any](b, "hide(true)")
+	p.send(frame(id(), "[10:00:00] 小明: unread"))
+	b.checks(check{"it counts as unread", "document.title.startsWith('(1)')"})
+	js[any](b, "hide(false)")
+
+	b.open(p.url())
+	b.wait("reloaded", "row('mine')")
+	b.checks(check{"a reload knows its own", own("mine")})
+	b.open(p.url() + "/lesson")
+	b.wait("the lesson", "state() === 'live'")
+	b.keys("#message", "from the lesson\uE007")
+	b.wait("it is sent", "$('#message').value === ''")
+	first := b.tab()
+	b.newTab()
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+	b.open(p.url())
+	b.hasText("from the lesson")
+	b.checks(check{"so does another tab, also of what the lesson sent", own("mine") + " && " + own("from the lesson")})
+	b.toTab(first)
+	b.open(p.url())
+	b.wait("the room", "row('mine')")
+	b.say("from the first tab")
+	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
+	b.hasText("from the first tab")
+	b.checks(check{"and of what is sent while it is open", own("from the first tab")})
+	b.open(p.url() + "/?view=projector")
+	b.hasText("from the first tab")
+	b.checks(check{"on a wall nothing is anybody's own", "!$('.own')"})
+
+	b.open(p.url() + "/login")
+	b.login(p.url(), "Ada")
+	b.checks(check{"another name does not change what this browser has sent", own("mine")})
+	b.click("#logout button")
+	b.wait("logged out", "location.pathname === '/login'")
+	b.login(p.url(), "小明")
+	b.hasText("mine")
+	b.checks(check{"who comes after a logout is somebody else, even with the same name", "!$('#log .own')"})
+}
+
 func TestPageLooks(t *testing.T) {
 	b, p := visit(t)
 	long := strings.Repeat("WordWithoutEnd", 40)
 	p.send(frame(id(), "[10:00:00] Ada: "+long))
 	p.send(frame(id(), "[10:00:00] 李雷: ```\n"+long+"\n```\nhttps://example.com/"+long+" `"+long+"` plain"))
 	p.send(frame(id(), "[10:00:00] "+strings.Repeat("W", 24)+": hello"))
-	p.send(frame(id(), "[10:00:00] 小明: my own"))
+	b.say("my own")
+	b.hasText("my own")
 	p.send(gapAndPing)
 	b.hasText("my own")
 	b.checks(check{"the time is small", "getComputedStyle(row('hello').querySelector('time')).fontSize === '12px'"})

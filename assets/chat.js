@@ -5,7 +5,7 @@
      are in <template>s. Its looks are chat.css. The script moves text between nodes and sets
      data-state and the like; it never makes markup out of text, so nothing that anybody writes
      can be more than text. Four parts have files of their own: stream.js brings the events,
-     outbox.js sends, keys.js says which message is which, text.js what is code and a link.
+     outbox.js sends, keys.js says which message is which and whose, text.js what is code and a link.
 
      receiving    arrive → inbox.queue → inbox.flush: events wait in a queue, and are put into the
                   page at most ten times a second
@@ -20,7 +20,7 @@
    Each part is an object that holds what it has to remember, below its constants; the functions
    beside it are those that need no memory. */
 import { connect } from './stream.js';
-import { keyOf } from './keys.js';
+import { forget, isOurs, keyOf } from './keys.js';
 import { Outbox } from './outbox.js';
 import { cut, pieces } from './text.js';
 
@@ -92,9 +92,9 @@ function receive(key, e) {
   if (letter) {
     save();
     inbox.arrived.push(letter.node);
-    if (!isMine(e)) location.reload(); // the session has another name than this page
+    if (LINE.exec(e.text ?? '')?.[5] !== me) location.reload(); // the session has another name than this page
   }
-  if (document.hidden && !inbox.backlog && !isMine(e)) badge(++inbox.unread);
+  if (document.hidden && !inbox.backlog && !isOurs(key)) badge(++inbox.unread);
 }
 
 const inbox = {
@@ -128,6 +128,7 @@ const inbox = {
     this.timer = 0;
     if (document.hidden) return;
     this.flushedAt = performance.now();
+    view.look();
     const batch = this.queue, fresh = batch.filter((e) => e.type === 'message' && !e.copy);
     this.queue = [];
     if (fresh.length >= list.room()) list.clear(); // more than fits: nothing older can stay
@@ -137,7 +138,7 @@ const inbox = {
     list.trim();
     folds.measure();
     if (!this.backlog) showEmpty();
-    view.grown(fresh.filter((e) => !isMine(e)).length);
+    view.grown(fresh.filter((e) => !isOurs(e.key)).length);
   },
 };
 
@@ -227,6 +228,7 @@ function row(e) {
   const node = copy('row');
   const [, time, h, m, s, who, text] = LINE.exec(e.text ?? '') ?? [];
   node.dataset.key = e.key;
+  node.classList.toggle('own', !projector && isOurs(e.key)); // on a wall nothing is anybody's own
   if (who === undefined) node.querySelector('.who').remove();
   else sign(node, who, time, Number(h) * 3600 + Number(m) * 60 + Number(s));
   fill(node.lastElementChild, text ?? e.text ?? '');
@@ -238,21 +240,17 @@ function sign(node, who, time, at) {
   node.querySelector('bdi').textContent = who;
   node.querySelector('time').textContent = time;
   Object.assign(node.dataset, { who, at, colour: colour(who) });
-  node.classList.toggle('own', who === me);
 }
 
 /** One of twelve. @param {string} name */
 const colour = (name) => [...name].reduce((sum, c) => sum + (c.codePointAt(0) ?? 0), 0) % 12;
-
-/** @param {Told} e */
-const isMine = (e) => LINE.exec(e.text ?? '')?.[5] === me;
 
 /** The rows of the log, and the lines between them. */
 const list = {
   count: 0,
 
   /** How many may be there. */
-  room: () => (view.stuck ? KEEP : KEEP_READING),
+  room: () => (view.isFree() ? KEEP : KEEP_READING),
 
   /** @param {string} key @returns {HTMLElement | null} */
   find: (key) => log.querySelector(`[data-key="${CSS.escape(key)}"]`),
@@ -296,8 +294,9 @@ const list = {
 function group(node) {
   if (!node) return;
   const { who, at } = node.dataset, last = previous(node);
-  const apart = last && (Number(at) - Number(last.dataset.at) + 86400) % 86400;
-  node.classList.toggle('follows', Boolean(last && who && last.dataset.who === who && apart <= GROUP));
+  const isSame = last && who && last.dataset.who === who && last.matches('.own') === node.matches('.own');
+  const apart = (Number(at) - Number(last?.dataset.at) + 86400) % 86400;
+  node.classList.toggle('follows', Boolean(isSame && apart <= GROUP));
 }
 
 /** What stands before it in the log. @param {HTMLElement} node @returns {any} */
@@ -422,13 +421,24 @@ function copyByHand(text) {
 
 const view = {
   stuck: true,                      // the end stays in sight
-  below: 0,                         // messages the reader has not scrolled down to
-  /** Its size when we last looked. In the moment of a change (keyboard, rotation, a growing field)
-   *  a scroll event can come first; that is not the reader who scrolls. */
+  below: 0,                         // messages the reader has not seen
+  isHeld: false,                    // a finger or a mouse button is down in the log
+  top: 0,                           // where it was when we last looked
+  /** Its size then. In the moment of a change (keyboard, rotation, a growing field) a scroll event
+   *  can come first; that is not the reader who scrolls. */
   size: '',
 
   atEnd: () => log.scrollHeight - log.scrollTop - log.clientHeight <= NEAR,
-  toEnd() { log.scrollTop = log.scrollHeight; },
+
+  /** Whether new rows may move the page. Not under a finger, not away from a selected text. */
+  isFree() {
+    return this.stuck && (projector || !this.isHeld && !isSelecting());
+  },
+
+  toEnd() {
+    log.scrollTop = log.scrollHeight;
+    this.top = log.scrollTop;
+  },
 
   /** Follows the end again. */
   follow() {
@@ -438,56 +448,105 @@ const view = {
     this.toEnd();
   },
 
+  /** Lets go of the end: the reader wants to see what is above. */
+  letGo() {
+    if (projector || log.scrollTop <= 0) return;
+    this.stuck = false;
+    showPill();
+  },
+
+  /** Upward, by whatever means and however little, is away from the end. Only down to it is back. */
+  look() {
+    const moved = Math.min(log.scrollTop, log.scrollHeight - log.clientHeight) - this.top; // it may bounce
+    if (projector || this.size !== sizeNow() || Math.abs(moved) < 1) return;
+    this.top += moved;
+    this.stuck = moved > 0 && (this.stuck || this.atEnd());
+    if (this.stuck) this.below = 0;
+    showPill();
+  },
+
   /** Rows are in, so many of them new to the reader. @param {number} n */
   grown(n) {
-    if (this.stuck) return this.toEnd();
+    if (this.isFree()) return this.toEnd();
+    this.top = log.scrollTop;       // what was dropped above has moved it
     this.below += n;
     showPill();
+  },
+
+  /** The pointer is up, the selection gone. */
+  release() {
+    this.isHeld = false;
+    if (this.below && this.isFree()) this.follow();
   },
 
   /** Changes what stands above or before a node. Safari does not keep the reader's place by itself.
    *  @param {HTMLElement} node @param {() => void} change */
   changeAbove(node, change) {
-    const isMoved = !this.stuck && !CSS.supports('overflow-anchor', 'auto')
+    const isMoved = !this.isFree() && !CSS.supports('overflow-anchor', 'auto')
       && node.getBoundingClientRect().top < log.getBoundingClientRect().bottom;
     const rest = isMoved ? log.scrollHeight - log.scrollTop : 0;
     change();
     if (isMoved) log.scrollTop = log.scrollHeight - rest;
   },
-
-  /** The reader has scrolled, or the page did. */
-  scrolled() {
-    if (projector || this.size !== sizeNow() || this.stuck === this.atEnd()) return;
-    this.stuck = !this.stuck;
-    if (this.stuck) this.below = 0;
-    showPill();
-  },
 };
 
 const sizeNow = () => `${log.clientWidth} ${log.clientHeight}`;
 
+function isSelecting() {
+  const selection = getSelection();
+  return Boolean(selection && !selection.isCollapsed && log.contains(selection.anchorNode));
+}
+
 /** "3 new messages", or that a projector is paused. */
 function showPill() {
-  const { stuck, below } = view;
+  const { stuck, below } = view, paused = projector && !stuck;
   const count = below === 1 ? T.new_message : say('new_messages', below);
-  pill.hidden = stuck || !(below || projector);
-  pill.textContent = !projector ? count : below ? `${T.paused} ${count}` : T.paused;
+  pill.hidden = !below && !paused;
+  pill.textContent = !paused ? count : below ? `${T.paused} ${count}` : T.paused;
 }
 
 new ResizeObserver(() => {
   view.size = sizeNow();
-  if (view.stuck) view.toEnd();
+  view.top = log.scrollTop;
+  if (view.isFree()) view.toEnd();
 }).observe(log);
 
-log.addEventListener('scroll', () => view.scrolled(), { passive: true });
+log.addEventListener('scroll', () => view.look(), { passive: true });
+log.addEventListener('wheel', (/** @type {WheelEvent} */ e) => e.deltaY < 0 && view.letGo(), { passive: true });
+log.addEventListener('pointerdown', (/** @type {PointerEvent} */ e) => {
+  view.isHeld = e.target !== log || e.offsetX < log.clientWidth; // whose end on the scroll bar nobody tells
+});
+log.addEventListener('touchstart', () => { view.isHeld = true; }, { passive: true });
+for (const event of ['touchend', 'touchcancel']) {
+  addEventListener(event, (/** @type {any} */ e) => e.touches.length || view.release());
+}
+addEventListener('pointerup', () => view.release());
+addEventListener('pointermove', (e) => view.isHeld && e.pointerType === 'mouse' && !e.buttons && view.release());
+document.addEventListener('selectionchange', () => view.isHeld || view.release());
 pill.addEventListener('click', () => view.follow());
-document.addEventListener('keydown', (e) => {
+
+document.addEventListener('keydown', (/** @type {any} */ e) => {
   if (e.key === 'End' && e.target !== box) view.follow();
-  if (e.key !== ' ' || !projector) return;
+  if (log.contains(e.target) && isUpward(e)) view.letGo();
+  if (e.key === ' ' && projector) pause(e);
+  if (box && isForField(e)) box.focus(); // and the key goes there
+});
+
+/** A projector holds still, or goes on. @param {Event} e */
+function pause(e) {
   e.preventDefault();
   view.stuck = !view.stuck;
   view.stuck ? view.follow() : showPill();
-});
+}
+
+/** @param {KeyboardEvent} e */
+const isUpward = (e) => /^(ArrowUp|PageUp|Home)$/.test(e.key) || e.key === ' ' && e.shiftKey;
+
+/** Whoever reads and begins to type wants to write. @param {any} e */
+function isForField(e) {
+  if (e.ctrlKey || e.metaKey || e.altKey || [...e.key].length !== 1) return false;
+  return !e.target.matches(e.key === ' ' ? 'input, textarea, button, a, #log' : 'input, textarea');
+}
 
 // ---- connection ----
 
@@ -554,7 +613,7 @@ function place(letter) {
   const node = letter.node = copy('unsent-row');
   fill(node.querySelector('.text'), letter.text);
   node.dataset.colour = colour(me);
-  node.classList.toggle('follows', outbox.letters.length > 1 || last?.dataset.who === me);
+  node.classList.toggle('follows', outbox.letters.length > 1 || last?.matches('.own') && last.dataset.who === me);
   unsent.append(node);
   folds.measure();
 }
@@ -671,6 +730,7 @@ async function logout(e) {
   e.preventDefault();
   await fetch('/logout', { method: 'POST', redirect: 'manual' }); // fails: nobody is logged out
   sessionStorage.removeItem('chat');
+  forget();
   tabs?.postMessage('');
   location.assign('/login');
 }

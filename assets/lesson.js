@@ -11,7 +11,7 @@
      who looks        while nobody looks, or after Break, there is no connection
 
    Nothing is estimated. What was not measured is an empty cell. */
-import { keyOf, newKey } from './keys.js';
+import { keep, keyOf, newKey } from './keys.js';
 
 const WINDOW = 40;            // s on the time line, as its axis in lesson.html says
 const PLOT = 50;              // delays in the plot
@@ -327,6 +327,7 @@ let letter = { text: '', key: '' };
 
 /** Sends a text, and tells whether it is in the room. @param {string} text @param {string} key */
 async function post(text, key) {
+  if (!posted.has(key)) keep(key);
   if (!posted.has(key)) posted.set(key, now());
   if (posted.size > PLOT) posted.delete(posted.keys().next().value ?? '');
   const marks = all.map((way) => mark(way, 'post', now()));

@@ -6,7 +6,7 @@
      waiting   goes when it is its turn
      sent      the server has it; its message has not come back yet
      failed    goes only by Retry; later ones may pass it */
-import { newKey } from './keys.js';
+import { keep, newKey } from './keys.js';
 
 /** @typedef {{key: string, text: string, at: number, state: string, tried?: number, node?: any}} Letter */
 /** What the outbox tells the page: a letter is new or has changed (and how long a server that finds
@@ -38,7 +38,9 @@ export class Outbox {
 
   /** @param {string} text */
   write(text) {
-    this.take({ key: newKey(), text, at: Date.now(), state: 'waiting' });
+    const key = newKey();
+    keep(key);
+    this.take({ key, text, at: Date.now(), state: 'waiting' });
     this.pump();
   }
 
