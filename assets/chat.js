@@ -20,7 +20,7 @@
    Each part is an object that holds what it has to remember, below its constants; the functions
    beside it are those that need no memory. */
 import { connect } from './stream.js';
-import { forget, isOurs, keyOf } from './keys.js';
+import { forget, isOurs, keyOf, logIn } from './keys.js';
 import { Outbox } from './outbox.js';
 import { cut, pieces } from './text.js';
 
@@ -36,6 +36,7 @@ const KEEP = 1000, KEEP_READING = 5000; // rows kept; while the reader is furthe
 const REMEMBER = 8192;              // keys known, so that a message is shown once
 const NEAR = 48;                    // px from the end that count as the end
 const GROUP = 300;                  // s in which messages of one author stand together
+const SKEW = 600;                   // s by which the clocks of two servers may differ
 const CHARS = 800, LINES = 12;      // a longer text is folded
 const CHARS_SHOWN = 500, LINES_SHOWN = 10; // to this: what it hides is higher than the button
 const SAID = 2_000;                 // ms for which a button says what it did
@@ -56,14 +57,19 @@ const room = document.title;
 const T = {};
 for (const p of $('strings').content.children) T[p.dataset.key] = p.textContent;
 
-/** A text with its number filled in. @param {string} key @param {number} n */
-const say = (key, n) => T[key].replace(/{[ns]}/, String(n));
+/** A text with its blank filled in. @param {string} key @param {any} n */
+const say = (key, n) => T[key].replace(/{[ns]}/, () => n);
 
 /** @param {string} tag @param {string} text */
 function element(tag, text) {
   const node = document.createElement(tag);
   node.append(text);
   return node;
+}
+
+/** @param {any} node @param {string} events @param {(e: any) => void} f */
+function on(node, events, f) {
+  for (const event of events.split(' ')) node.addEventListener(event, f, { passive: /scroll|wheel|touch/.test(event) });
 }
 
 /** A copy of a template's node. @param {string} id @returns {any} */
@@ -73,7 +79,7 @@ const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
 
 /** @param {Told} e */
 function arrive(e) {
-  if (e.type === 'login') return toLogin();
+  if (e.type === 'login') return logIn();
   if (e.type === 'down') return connection.lose();
   if (e.type !== 'wait') connection.live();
   if (e.type === 'gap') outbox.gap();
@@ -94,7 +100,9 @@ function receive(key, e) {
     inbox.arrived.push(letter.node);
     if (LINE.exec(e.text ?? '')?.[5] !== me) location.reload(); // the session has another name than this page
   }
-  if (document.hidden && !inbox.backlog && !isOurs(key)) badge(++inbox.unread);
+  if (!document.hidden || inbox.backlog || isOurs(key)) return;
+  inbox.firstUnread = inbox.firstUnread || key;
+  badge(++inbox.unread);
 }
 
 const inbox = {
@@ -103,8 +111,12 @@ const inbox = {
   /** What has come and is not in the page yet. @type {Waiting[]} */
   queue: [],
   timer: 0, flushedAt: 0,
+  /** When the last ten came. @type {number[]} */
+  times: [],
   backlog: true,                    // until the backlog is complete
-  unread: 0,                        // messages that came while the tab was hidden
+  isCalm: false,                    // few rows come at once: they may be seen to come
+  unread: 0,                        // messages that came while the tab was hidden …
+  firstUnread: '',                  // … and the key of the first of them
   /** Rows of letters that have arrived, to go when the message itself is put in. @type {any[]} */
   arrived: [],
 
@@ -123,6 +135,13 @@ const inbox = {
     this.timer = this.timer || setTimeout(() => this.flush(), this.flushedAt + FLUSH - performance.now());
   },
 
+  /** A screen reader does not read out more than ten messages a second. @param {number} n */
+  announce(n) {
+    const now = performance.now();
+    this.times = [...this.times, ...Array(n).fill(now)].filter((t) => now - t < 1000).slice(-11);
+    log.setAttribute('aria-live', this.times.length > 10 ? 'off' : 'polite');
+  },
+
   /** Puts the queue into the page. A hidden tab does nothing, it catches up when it is shown. */
   flush() {
     this.timer = 0;
@@ -132,8 +151,11 @@ const inbox = {
     const batch = this.queue, fresh = batch.filter((e) => e.type === 'message' && !e.copy);
     this.queue = [];
     if (fresh.length >= list.room()) list.clear(); // more than fits: nothing older can stay
-    announcer.count(fresh.length);
+    this.announce(fresh.length);
+    this.isCalm = !this.backlog && fresh.length < 4;
     for (const e of batch) history.put(e);
+    if (this.firstUnread) list.markNew(this.firstUnread);
+    this.firstUnread = '';
     for (const node of this.arrived.splice(0)) node.remove();
     list.trim();
     folds.measure();
@@ -165,6 +187,7 @@ const history = {
   /** @param {HTMLElement} node */
   take(node) {
     this.loose ? this.loose.push(node) : list.append(node);
+    node.classList.toggle('comes', inbox.isCalm && !node.matches('.own')); // an own one was there before
   },
 
   /** A copy of a row that is there, perhaps. @param {string} key */
@@ -185,22 +208,6 @@ const history = {
   },
 };
 
-/** A screen reader does not read out more than ten messages a second. */
-const announcer = {
-  start: 0, now: 0, last: 0,        // a second's beginning, messages in it, in the one before
-
-  /** @param {number} n */
-  count(n) {
-    const now = performance.now();
-    if (now - this.start > 1000) {
-      this.last = now - this.start > 2000 ? 0 : this.now;
-      [this.start, this.now] = [now, 0];
-    }
-    this.now += n;
-    log.setAttribute('aria-live', this.now > 10 || this.last > 10 ? 'off' : 'polite');
-  },
-};
-
 function showEmpty() {
   empty.hidden = list.count > 0;
   setTimeout(() => log.setAttribute('aria-busy', 'false'));
@@ -212,7 +219,7 @@ function badge(unread) {
   icon.href = unread ? '/assets/unread.svg' : '/assets/favicon.svg';
 }
 
-document.addEventListener('visibilitychange', () => {
+on(document, 'visibilitychange', () => {
   if (document.hidden) return;
   badge(inbox.unread = 0);
   inbox.flush();
@@ -238,12 +245,17 @@ function row(e) {
 /** Name, colour, time. @param {any} node @param {string} who @param {string} time @param {number} at */
 function sign(node, who, time, at) {
   node.querySelector('bdi').textContent = who;
+  node.firstElementChild.dataset.initial = [...who][0].toUpperCase();
   node.querySelector('time').textContent = time;
-  Object.assign(node.dataset, { who, at, colour: colour(who) });
+  Object.assign(node.dataset, { who, at });
+  paint(node, who);
 }
 
-/** One of twelve. @param {string} name */
-const colour = (name) => [...name].reduce((sum, c) => sum + (c.codePointAt(0) ?? 0), 0) % 12;
+/** One of twelve colours. @param {any} node @param {string} name */
+function paint(node, name) {
+  const sum = [...name].reduce((n, c) => n + (c.codePointAt(0) ?? 0), 0);
+  node.style.setProperty('--author', `var(--a${sum % 12})`);
+}
 
 /** The rows of the log, and the lines between them. */
 const list = {
@@ -263,6 +275,13 @@ const list = {
     log.lastElementChild.append(node);
     this.count++;
     group(node);
+  },
+
+  /** A line above the first message that nobody has seen. @param {string} key */
+  markNew(key) {
+    const last = log.querySelector('[data-new]'), first = this.find(key);
+    if (last) delete last.dataset.new;
+    if (first) first.dataset.new = T.new;
   },
 
   /** Adds rows before one that is there. @param {HTMLElement[]} nodes @param {HTMLElement} next */
@@ -290,13 +309,17 @@ const list = {
   },
 };
 
-/** The name is seen once for messages that follow each other. @param {HTMLElement | null} node */
+/** The name is seen once for messages that follow each other. Where the clock runs back it is another
+ *  day. @param {HTMLElement | null} node */
 function group(node) {
   if (!node) return;
   const { who, at } = node.dataset, last = previous(node);
+  const apart = Number(at) - Number(last?.dataset.at);
   const isSame = last && who && last.dataset.who === who && last.matches('.own') === node.matches('.own');
-  const apart = (Number(at) - Number(last?.dataset.at) + 86400) % 86400;
-  node.classList.toggle('follows', Boolean(isSame && apart <= GROUP));
+  node.classList.toggle('follows', Boolean(isSame && apart > -SKEW && apart <= GROUP));
+  last?.classList.toggle('leads', node.matches('.follows'));
+  if (apart < -SKEW) node.dataset.day = T.day;
+  else delete node.dataset.day;
 }
 
 /** What stands before it in the log. @param {HTMLElement} node @returns {any} */
@@ -310,6 +333,7 @@ function previous(node) {
  *  @param {string} text */
 function fill(node, text) {
   const all = pieces(text), lines = text.split('\n').length;
+  node.parentElement?.classList.toggle('wide', text.length > CHARS / 2 || all.some((p) => p.kind === 'block'));
   if (length(text) <= CHARS && lines <= LINES) {
     node.append(render(all));
     if (text.length > CHARS / 6 || lines > LINES / 3) folds.unsure.push(node);
@@ -335,7 +359,7 @@ function render(list) {
 function block(text, language) {
   const node = copy('block'), pre = node.querySelector('pre');
   pre.textContent = text;
-  if (language) pre.dataset.language = language;
+  pre.dataset.language = language;
   if (projector) node.querySelector('button').remove();
   return node;
 }
@@ -395,11 +419,11 @@ const folds = {
   },
 };
 
-document.addEventListener('copy', () => folds.copied());
+on(document, 'copy', () => folds.copied());
 
 // ---- copying code ----
 
-body.addEventListener('click', (/** @type {any} */ { target }) => {
+on(body, 'click', ({ target }) => {
   if (!target.matches('.copy')) return;
   const text = target.parentElement.querySelector('pre').textContent;
   if (navigator.clipboard) navigator.clipboard.writeText(text);
@@ -511,21 +535,18 @@ new ResizeObserver(() => {
   if (view.isFree()) view.toEnd();
 }).observe(log);
 
-log.addEventListener('scroll', () => view.look(), { passive: true });
-log.addEventListener('wheel', (/** @type {WheelEvent} */ e) => e.deltaY < 0 && view.letGo(), { passive: true });
-log.addEventListener('pointerdown', (/** @type {PointerEvent} */ e) => {
-  view.isHeld = e.target !== log || e.offsetX < log.clientWidth; // whose end on the scroll bar nobody tells
+on(log, 'scroll', () => view.look());
+on(log, 'wheel', (e) => e.deltaY < 0 && view.letGo());
+on(log, 'pointerdown touchstart', (e) => {
+  view.isHeld = e.target !== log || !(e.offsetX >= log.clientWidth); // the end of a drag on the scroll bar is not told
 });
-log.addEventListener('touchstart', () => { view.isHeld = true; }, { passive: true });
-for (const event of ['touchend', 'touchcancel']) {
-  addEventListener(event, (/** @type {any} */ e) => e.touches.length || view.release());
-}
-addEventListener('pointerup', () => view.release());
-addEventListener('pointermove', (e) => view.isHeld && e.pointerType === 'mouse' && !e.buttons && view.release());
-document.addEventListener('selectionchange', () => view.isHeld || view.release());
-pill.addEventListener('click', () => view.follow());
+on(window, 'touchend touchcancel', (e) => e.touches.length || view.release());
+on(window, 'pointerup', () => view.release());
+on(window, 'pointermove', (e) => view.isHeld && e.pointerType === 'mouse' && !e.buttons && view.release());
+on(document, 'selectionchange', () => view.isHeld || view.release());
+on(pill, 'click', () => view.follow());
 
-document.addEventListener('keydown', (/** @type {any} */ e) => {
+on(document, 'keydown', (e) => {
   if (e.key === 'End' && e.target !== box) view.follow();
   if (log.contains(e.target) && isUpward(e)) view.letGo();
   if (e.key === ' ' && projector) pause(e);
@@ -580,20 +601,20 @@ const connection = {
   },
 };
 
-for (const event of ['online', 'offline']) {
-  addEventListener(event, () => /reconnecting|offline/.test(body.dataset.state ?? '') && connection.showLoss());
-}
+on(window, 'online offline', () => /reconnecting|offline/.test(body.dataset.state ?? '') && connection.showLoss());
 
 // ---- sending ----
 
-const outbox = new Outbox({ draw, refuse, miss, login: toLogin });
+const outbox = new Outbox({ draw, erase, refuse, miss, login: logIn });
 
 function submit() {
   const text = box.value;
+  if (composer.isComposing) return composer.finish();
   if (!text.trim() || length(text) > MAX) return;
   outbox.write(text);
   composer.last = text;
   composer.write('');
+  box.focus();
   view.follow();
 }
 
@@ -602,8 +623,15 @@ function draw(letter, seconds) {
   if (!letter.node) place(letter);
   const { node, state } = letter;
   node.dataset.state = state;
-  node.querySelector('.fate span').textContent = state === 'failed' ? T.not_sent
+  node.querySelector('.fate span').textContent = state === 'deleted' ? T.deleted
+    : state === 'failed' ? letter.as ? say('not_sent_as', letter.as) : T.not_sent
     : seconds ? say('too_fast', seconds) : T.sending;
+  save();
+}
+
+/** @param {Letter} letter */
+function erase(letter) {
+  letter.node.remove();
   save();
 }
 
@@ -612,7 +640,6 @@ function place(letter) {
   const last = log.lastElementChild?.lastElementChild;
   const node = letter.node = copy('unsent-row');
   fill(node.querySelector('.text'), letter.text);
-  node.dataset.colour = colour(me);
   node.classList.toggle('follows', outbox.letters.length > 1 || last?.matches('.own') && last.dataset.who === me);
   unsent.append(node);
   folds.measure();
@@ -620,7 +647,6 @@ function place(letter) {
 
 /** The server will never take it: back to the field with it. @param {Letter} letter */
 function refuse(letter) {
-  letter.node.remove();
   const end = box.value.length;     // the cursor stays with who is writing
   box.setRangeText((end ? '\n' : '') + letter.text, end, end, end ? 'preserve' : 'end');
   composer.typed();
@@ -633,21 +659,12 @@ function miss({ key, text }) {
   arrive({ type: 'message', id: key, text: `[${time}] ${me}: ${text}` });
 }
 
-/** The session has ended. Draft and outbox stay, for the same name. */
-function toLogin() {
-  location.assign('/login');
-}
-
-unsent.addEventListener('click', (/** @type {any} */ { target }) => {
-  const letter = outbox.letters.find((m) => m.state === 'failed' && m.node.contains(target));
+on(unsent, 'click', ({ target }) => {
+  const letter = outbox.letters.find((m) => m.node.contains(target));
   if (!letter || !target.value) return;
-  if (target.value === 'retry') {
-    outbox.retry(letter);
-  } else {
-    outbox.remove(letter);
-    letter.node.remove();
-    save();
-  }
+  if (target.value === 'retry') outbox.retry(letter);
+  if (target.value === 'delete') outbox.delete(letter);
+  if (target.value === 'undo') outbox.undelete(letter);
   box.focus();
 });
 
@@ -658,6 +675,13 @@ const length = (text) => [...text].length;
 
 const composer = {
   last: '',                         // the text sent last
+  isComposing: false,               // letters are becoming a word
+
+  /** Sends what the letters become, never the letters: the field loses the focus, the word is there. */
+  finish() {
+    box.addEventListener('compositionend', () => setTimeout(submit), { once: true });
+    box.blur();
+  },
 
   /** @param {string} text */
   write(text) {
@@ -690,11 +714,13 @@ const composer = {
 
   start() {
     restore();
-    box.addEventListener('keydown', (/** @type {KeyboardEvent} */ e) => this.key(e));
-    box.addEventListener('input', () => this.typed());
-    send.addEventListener('mousedown', (/** @type {Event} */ e) => e.preventDefault()); // keyboard stays
-    form.addEventListener('submit', (/** @type {Event} */ e) => { e.preventDefault(); submit(); });
-    $('logout').addEventListener('submit', logout);
+    on(box, 'keydown', (e) => this.key(e));
+    on(box, 'input', () => this.typed());
+    on(box, 'compositionstart', () => { this.isComposing = true; });
+    on(box, 'compositionend', () => { this.isComposing = false; });
+    on(send, 'mousedown', (e) => this.isComposing || e.preventDefault()); // the keyboard stays
+    on(form, 'submit', (e) => { e.preventDefault(); submit(); });
+    on($('logout'), 'submit', logout);
     if (matchMedia('(pointer: fine)').matches) box.focus();
   },
 };
@@ -707,28 +733,34 @@ function grow() {
   log.scrollTop = top;        // the log was higher for a moment, which may have moved it
 }
 
-/** Draft and outbox live in this tab's storage, under the name they were written with. */
+/** Draft and outbox live in this tab's storage, with the name they were written under. */
 function save() {
   try {
     sessionStorage.setItem('chat', JSON.stringify({ name: me, draft: box.value, letters: outbox.unsent() }));
   } catch { /* full or forbidden: the page works without */ }
 }
 
+/** A name is easily typed otherwise: under another one nothing is dropped, nor sent without asking. */
 function restore() {
-  let kept = { name: '', draft: '', letters: [] };
+  let kept = { name: me, draft: '', letters: [] };
   try {
-    kept = JSON.parse(sessionStorage.getItem('chat') || '') || kept;
+    kept = JSON.parse(sessionStorage.getItem('chat') ?? '') ?? kept;
   } catch { /* nothing there */ }
-  if (kept.name !== me) kept = { name: me, draft: '', letters: [] };
   const early = box.value;          // typed before this script was here
   composer.write(early === kept.draft ? early : kept.draft + early); // before the letters: it saves
-  for (const letter of kept.letters) outbox.take(letter);
+  const others = kept.name === me ? {} : { state: 'failed', as: kept.name };
+  for (const letter of /** @type {Letter[]} */ (kept.letters)) outbox.take(Object.assign(letter, others));
 }
 
 /** @param {Event} e */
 async function logout(e) {
   e.preventDefault();
-  await fetch('/logout', { method: 'POST', redirect: 'manual' }); // fails: nobody is logged out
+  try {
+    await fetch('/logout', { method: 'POST', redirect: 'manual' });
+  } catch {
+    notice.textContent = T.logout_failed;
+    return;
+  }
   sessionStorage.removeItem('chat');
   forget();
   tabs?.postMessage('');

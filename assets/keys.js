@@ -49,3 +49,10 @@ export function forget() {
     localStorage.removeItem(KEPT);
   } catch { /* forbidden */ }
 }
+
+/** The session has ended: to the login, and from there back to this page. */
+export function logIn() {
+  const page = location.pathname + location.search;
+  document.cookie = `chat_next=${encodeURIComponent(page)}; path=/; max-age=600; samesite=lax`;
+  location.assign('/login');
+}

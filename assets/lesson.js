@@ -11,7 +11,7 @@
      who looks        while nobody looks, or after Break, there is no connection
 
    Nothing is estimated. What was not measured is an empty cell. */
-import { keep, keyOf, newKey } from './keys.js';
+import { keep, keyOf, logIn, newKey } from './keys.js';
 
 const WINDOW = 40;            // s on the time line, as its axis in lesson.html says
 const PLOT = 50;              // delays in the plot
@@ -147,7 +147,7 @@ class Way {
     const refused = this.source;
     const res = await fetch('/stream?wait=0', { method: 'HEAD' }).catch(() => null);
     if (refused !== this.source) return;
-    if (res?.status === 401) return location.assign('/login');
+    if (res?.status === 401) return logIn();
     const asked = Number(res?.headers.get('Retry-After') ?? 0);
     const pause = Math.max(asked, Math.min(15, 2 ** this.refusals++)) * (1 + Math.random() / 2);
     this.timer = setTimeout(() => this.open(), pause * 1000);
@@ -303,7 +303,7 @@ function drawDelays({ cells, delays }) {
   });
   const sorted = [...delays].sort((a, b) => a - b);
   const spread = { n: sorted.length, m: duration((sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2), l: duration(sorted[sorted.length - 1]) };
-  write(cells.spread, sorted.length ? fill(T.lesson_spread, spread) : T.lesson_no_delay);
+  write(cells.spread, !sorted.length ? T.lesson_no_delay : fill(sorted.length > 1 ? T.lesson_spread : T.lesson_spread_one, spread));
 }
 
 function showState() {
@@ -333,7 +333,7 @@ async function post(text, key) {
   const marks = all.map((way) => mark(way, 'post', now()));
   const res = await fetch('/post', { method: 'POST', headers: { 'Idempotency-Key': key },
     body: new URLSearchParams({ message: text }) }).catch(() => null);
-  if (res?.status === 401) location.assign('/login');
+  if (res?.status === 401) logIn();
   if (res && res.status >= 400 && res.status < 500) { // refused: it was not sent
     posted.delete(key);
     for (const node of marks) node.remove();
@@ -387,8 +387,11 @@ function showCommands({ lastEventId: id, data }) {
   write(commands.entry, quote(`${id} ${data}`));
 }
 
+/** A long text must not push the page away. @param {string} text */
+const short = (text) => (text.length > WIRE_CHARS ? `${text.slice(0, WIRE_CHARS)}…` : text);
+
 /** As redis-cli wants it. A line break is U+2028 in Redis. @param {string} text */
-const quote = (text) => `"${text.replace(/["\\]/g, '\\$&').replace(/\n/g, '\\xe2\\x80\\xa8')}"`;
+const quote = (text) => `"${short(text).replace(/["\\]/g, '\\$&').replace(/\n/g, '\\xe2\\x80\\xa8')}"`;
 
 /** At most one look a second. */
 async function showWire() {
@@ -410,7 +413,7 @@ async function showWire() {
 async function readWire(after) {
   const headers = { Accept: 'text/event-stream', ...(after && { 'Last-Event-ID': after }) };
   const res = await fetch('/stream?wait=0', { headers, cache: 'no-store' });
-  if (res.status === 401) location.assign('/login');
+  if (res.status === 401) logIn();
   if (!res.ok) throw res;
   const text = await res.text();
   const lines = headLines(res);
@@ -440,7 +443,7 @@ function shortHead(lines) {
 
 /** Its first event and its last ones. @param {string[]} lines */
 function shortBody(lines) {
-  const cut = lines.map((line) => (line.length > WIRE_CHARS ? `${line.slice(0, WIRE_CHARS)}…` : line));
+  const cut = lines.map(short);
   if (cut.length <= WIRE_LINES) return cut;
   const more = fill(T.lesson_more_body, { n: cut.length - WIRE_LINES });
   return [...cut.slice(0, 2), more, ...cut.slice(2 - WIRE_LINES)];

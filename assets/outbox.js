@@ -5,19 +5,23 @@
 
      waiting   goes when it is its turn
      sent      the server has it; its message has not come back yet
-     failed    goes only by Retry; later ones may pass it */
+     failed    goes only by Retry; later ones may pass it
+     deleted   goes away in a moment, if nobody wants it back */
 import { keep, newKey } from './keys.js';
 
-/** @typedef {{key: string, text: string, at: number, state: string, tried?: number, node?: any}} Letter */
+/** A message on its way, perhaps written as somebody else.
+ *  @typedef {{key: string, text: string, at: number, state: string, tried?: number, as?: string,
+ *            node?: any, timer?: number}} Letter */
 /** What the outbox tells the page: a letter is new or has changed (and how long a server that finds
- *  us too fast wants us to wait), was refused for good, is in the room though its message was lost
- *  on the way here; and there is no session.
- *  @typedef {{draw: (letter: Letter, seconds?: number) => void, refuse: (letter: Letter) => void,
- *             miss: (letter: Letter) => void, login: () => void}} Page */
+ *  us too fast wants us to wait), is gone, was refused for good, is in the room though its message
+ *  was lost on the way here; and there is no session.
+ *  @typedef {{draw: (letter: Letter, seconds?: number) => void, erase: (letter: Letter) => void,
+ *             refuse: (letter: Letter) => void, miss: (letter: Letter) => void, login: () => void}} Page */
 
 const ANSWER = 10_000;              // ms a POST may take
 const TRY_FOR = 60_000;             // ms of a live connection before a letter counts as not sent
 const TOO_OLD = 600_000;            // ms after which a letter no longer goes by itself
+const UNDO = 5_000;                 // ms in which a letter that was deleted can be had back
 
 export class Outbox {
   /** In the order in which they were written. @type {Letter[]} */
@@ -52,9 +56,24 @@ export class Outbox {
 
   /** @param {Letter} letter */
   retry(letter) {
-    Object.assign(letter, { at: Date.now(), tried: undefined });
+    Object.assign(letter, { at: Date.now(), tried: undefined, as: undefined });
     this.mark(letter, 'waiting');
     this.pump();
+  }
+
+  /** @param {Letter} letter */
+  delete(letter) {
+    this.mark(letter, 'deleted');
+    letter.timer = setTimeout(() => {
+      this.remove(letter);
+      this.page.erase(letter);
+    }, UNDO);
+  }
+
+  /** @param {Letter} letter */
+  undelete(letter) {
+    clearTimeout(letter.timer);
+    this.mark(letter, 'failed');
   }
 
   /** @param {Letter} letter */
@@ -64,8 +83,8 @@ export class Outbox {
 
   /** What a reload must not lose. */
   unsent() {
-    return this.letters.filter((m) => m.state !== 'sent')
-      .map(({ key, text, at, state }) => ({ key, text, at, state }));
+    return this.letters.filter((m) => m.state === 'waiting' || m.state === 'failed')
+      .map(({ key, text, at, state, as }) => ({ key, text, at, state, as }));
   }
 
   // ---- the stream: what is heard ----
@@ -176,6 +195,7 @@ export class Outbox {
   /** The server will never take it. @param {Letter} letter */
   giveBack(letter) {
     this.remove(letter);
+    this.page.erase(letter);
     this.page.refuse(letter);
     return 0;
   }

@@ -10,6 +10,7 @@
 
 const MOST = 40;                    // pieces of its own in a text
 const LANGUAGE = 20;                // characters of a block's language
+const FRAME = 2;                    // lines that a block takes beside its own
 
 /** @param {string} text @returns {Piece[]} */
 export function pieces(text) {
@@ -157,7 +158,7 @@ export function cut(list, chars, lines) {
     if (n > 0) head.push({ ...piece, text: text.slice(0, n) });
     if (n < text.length) rest.push({ ...piece, text: text.slice(n) });
     chars -= n;
-    lines -= text.slice(0, n).split('\n').length - (kind === 'block' ? 0 : 1);
+    lines -= text.slice(0, n).split('\n').length + (kind === 'block' ? FRAME : -1);
   }
   return [head, rest];
 }
