@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"math/big"
 	"math/rand/v2"
 	"net"
@@ -7054,6 +7055,28 @@ func TestPageIME(t *testing.T) {
 		key("keyUp", 13)
 		b.checks(check{"the next Enter sends it once (" + order + ")", "$('#text').value === '' && count('" + text + "') === 1"})
 	}
+
+	// Send, while letters are becoming a word: what they become is sent, whatever the engine tells first.
+	for text, order := range map[string]string{
+		"再见": "box.value = arguments[0]; tell('input'); tell('compositionend')",
+		"明天": "tell('compositionend'); box.value = arguments[0]; tell('input')",
+	} {
+		p.set(func() { p.keys = nil })
+		js[any](b, `window.box = $('#text'); window.tell = (type) => box.dispatchEvent(new Event(type, { bubbles: true }));
+			box.focus(); tell('compositionstart'); box.value = "ni'hao"; tell('input')`)
+		b.click("#send")
+		time.Sleep(200 * time.Millisecond) // for what must not be sent
+		if tries, _ := p.posts(); tries != 0 {
+			t.Errorf("letters that are becoming a word are sent: %d POSTs", tries)
+		}
+		js[any](b, order, text)
+		b.checks(check{"Send sends what they become: " + order, "$('#text').value === '' && count('" + text + "') === 1"})
+		b.checks(check{"and the field has the focus", "document.activeElement === $('#text')"})
+	}
+	b.checks(check{"never the letters", `count("ni'hao") === 0`})
+	compose("duanyu")
+	b.click("#send")
+	b.checks(check{"a real composition ends where the field loses the focus", "count('duanyu') === 1 && $('#text').value === ''"})
 }
 
 func TestPageFaults(t *testing.T) {
@@ -7974,6 +7997,176 @@ func TestPageBusyRoom(t *testing.T) {
 	b.checks(check{"a space in the log scrolls", "$('#text').value === 'h' && $('#log').scrollTop > 100"})
 }
 
+// Where the clock runs back it is another day; where somebody was away, a line says what is new.
+func TestPageDays(t *testing.T) {
+	b, p := visit(t)
+	for _, m := range []struct{ at, text string }{
+		{"23:58:00", "late"}, {"23:59:30", "later"}, {"00:01:00", "early"}, {"23:59:59", "a day of silence later"},
+		{"00:02:00", "early again"}, {"09:00:00", "morning"}, {"08:55:00", "a clock that is behind"}, {"08:00:00", "the next morning"},
+	} {
+		p.send(frame(id(), "["+m.at+"] Ada: "+m.text))
+		b.hasText(m.text)
+	}
+	p.send(frame(id(), "[08:00:01] 小红: hers"))
+	b.hasText("hers")
+	b.checks(
+		check{"a line where the clock runs back", "$$('[data-day]').map((n) => n.querySelector('.text').textContent).join() === 'early,early again,the next morning'"},
+		check{"which is seen", "/A new day/.test(getComputedStyle($('[data-day]'), '::before').content) && row('early').offsetHeight > row('later').offsetHeight + 20"},
+		check{"another day is not grouped with the one before", "!row('early').matches('.follows') && row('later').matches('.follows')"},
+	)
+	js[any](b, "hide(true)")
+	p.send(frame(id(), "[08:00:02] 小红: unseen") + frame(id(), "[08:00:03] 小红: unseen too"))
+	b.wait("unread", "document.title.startsWith('(2)')")
+	js[any](b, "hide(false)")
+	b.hasText("unseen too")
+	b.checks(check{"a line above the first that nobody has seen", "$$('[data-new]').length === 1 && row('unseen').dataset.new === 'New' && /New/.test(getComputedStyle(row('unseen'), '::after').content)"})
+	js[any](b, "hide(true)")
+	p.send(frame(id(), "[08:00:04] 小红: unseen later"))
+	b.wait("unread", "document.title.startsWith('(1)')")
+	js[any](b, "hide(false)")
+	b.hasText("unseen later")
+	b.checks(check{"there is one such line", "$$('[data-new]').length === 1 && row('unseen later').dataset.new"})
+	b.checks(check{"one of a group has its time when it is looked for", "getComputedStyle(row('later').querySelector('time')).opacity === '0'"})
+	r := js[[]float64](b, "row('later').scrollIntoView(); const r = row('later').querySelector('.text').getBoundingClientRect(); return [r.left + 5, r.top + 5]")
+	b.cdp("Input.dispatchMouseEvent", map[string]any{"type": "mouseMoved", "x": r[0], "y": r[1]})
+	b.checks(check{"under the mouse", "getComputedStyle(row('later').querySelector('time')).opacity === '1' && row('later').querySelector('time').textContent === '23:59'"})
+}
+
+// The session is over: the room was in memory, and has been started anew.
+func TestPageComingBack(t *testing.T) {
+	b, p := visit(t)
+	other := startChat(t, "-rate", "0")
+	p.set(func() { p.target = other })
+	p.stop()
+	p.start()
+	b.waitFor("the new room", 20*time.Second, "state() === 'live'")
+	b.say("a letter")
+	b.wait("it wants a session", "location.pathname === '/login'")
+	b.checks(
+		check{"it says why", "/session has ended/.test($('[role=status]').textContent) && $('#user').getAttribute('aria-describedby') === $('[role=status]').id && !$('#user').ariaInvalid"},
+		check{"the name is filled in", "$('#user').value === '小明'"},
+	)
+	b.keys("#user", "\uE007")
+	b.hasText("a letter")
+	b.checks(check{"and what was on its way is in the room", "count('a letter') === 1 && !$('#unsent').children.length"})
+
+	// Without a network nobody can log out.
+	b.keys("#text", "a draft")
+	p.stop()
+	b.click("#logout button")
+	b.checks(check{"without a network logout says so", "$('#notice').textContent === 'No connection: you are still logged in.' && location.pathname === '/'"})
+	b.checks(check{"and nothing is lost", "$('#text').value === 'a draft' && sessionStorage.getItem('chat').includes('a draft')"})
+}
+
+// Who is sent to the login from a page comes back to that page.
+func TestLoginLeadsBack(t *testing.T) {
+	t.Parallel()
+	room := startRoom(t, "CHAT_PASSWORD=blue whale")
+	for page, want := range map[string]string{"/lesson": "/lesson", "/?view=projector": "/?view=projector",
+		"/": "/", "/?view=other": "/", "/?next=//evil.example": "/"} {
+		c := newClient(t, room.url)
+		got := c.get(page)
+		if got.status != 303 || got.header.Get("Location") != "/login" {
+			t.Errorf("GET %s: %d to %q", page, got.status, got.header.Get("Location"))
+		}
+		c.do("POST", "/login", form("user", "", "password", "blue whale")) // refused, and still known
+		got = c.do("POST", "/login", form("user", "Ada", "password", "blue whale"))
+		if got.status != 303 || got.header.Get("Location") != want {
+			t.Errorf("the login after GET %s: %d to %q, want %q", page, got.status, got.header.Get("Location"), want)
+		}
+		got = c.do("POST", "/login", form("user", "Ada", "password", "blue whale"))
+		if got.header.Get("Location") != "/" {
+			t.Errorf("the next login after GET %s leads to %q", page, got.header.Get("Location"))
+		}
+	}
+	for _, value := range []string{"//evil.example", "https%3A%2F%2Fevil.example", "%2Flogout", "%zz"} {
+		c := newClient(t, room.url)
+		got := c.do("POST", "/login", form("user", "Ada", "password", "blue whale"), "Cookie: "+nextName+"="+value)
+		if got.header.Get("Location") != "/" {
+			t.Errorf("a login with the cookie %s leads to %q", value, got.header.Get("Location"))
+		}
+	}
+}
+
+// Without script a page says that it needs one, and offers nothing that half works.
+func TestPageWithoutScript(t *testing.T) {
+	b := startBrowser(t)
+	url := startChat(t)
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+	b.login(url, "小明")
+	b.cdp("Emulation.setScriptExecutionDisabled", map[string]any{"value": true})
+	for _, page := range []string{"/", "/lesson", "/?view=projector"} {
+		b.open(url + page)
+		b.checks(
+			check{page + " says so", "(n => n && n.getBoundingClientRect().height > 10 && /JavaScript/.test(n.textContent))(document.querySelector('noscript p'))"},
+			check{page + " offers nothing that sends, or that needs script", "[...document.querySelectorAll('textarea, input, button, nav a')].filter((n) => n.getBoundingClientRect().height).map((n) => n.textContent).join() === '" + map[bool]string{true: "Log out"}[page == "/"] + "'"},
+			check{page + " claims no state", "!document.querySelector('#status').getBoundingClientRect().height"},
+		)
+	}
+}
+
+// The smallest screens and the largest.
+func TestPageSizes(t *testing.T) {
+	b, p := visit(t)
+	for i := range 30 {
+		p.send(frame(id(), fmt.Sprintf("[10:00:00] Ada: line %d", i)))
+	}
+	b.hasText("line 29")
+	for _, size := range [][2]int{{667, 170}, {320, 256}} {
+		b.size(size[0], size[1])
+		js[any](b, "$('#text').value = 'one\\ntwo\\nthree\\nfour\\nfive'; $('#text').dispatchEvent(new Event('input'))")
+		b.settle()
+		b.checks(
+			check{fmt.Sprintf("%v: the log shows two lines", size), "$('#log').clientHeight >= 64 && bottom() < 2"},
+			check{fmt.Sprintf("%v: Send is whole", size), "(r => r.top >= 0 && r.bottom <= innerHeight && r.right <= innerWidth && r.height >= 44)($('#send').getBoundingClientRect())"},
+			check{fmt.Sprintf("%v: so is what is written, two lines at a time", size), "$('#text').clientHeight >= 60 && document.scrollingElement.scrollHeight <= innerHeight"},
+		)
+	}
+	b.size(1280, 800)
+	js[any](b, "$('#text').value = ''; $('#text').dispatchEvent(new Event('input'))")
+
+	// The reader's own size of type.
+	const sizes = "return ['#log .text', '.who bdi', '#text', 'h1', '#send', '#status', 'nav a'].map((css) => parseFloat(getComputedStyle($(css)).fontSize))"
+	before := js[[]float64](b, sizes)
+	js[any](b, "document.documentElement.style.fontSize = '150%'")
+	for i, after := range js[[]float64](b, sizes) {
+		if math.Abs(after-1.5*before[i]) > .01 {
+			t.Errorf("with type half again as large text %d is %v px instead of %v", i, after, 1.5*before[i])
+		}
+	}
+
+	// What an extension puts beside the field.
+	const places = "return JSON.stringify(['#text', '#send', '#log'].map((css) => $(css).getBoundingClientRect()))"
+	js[any](b, "document.documentElement.style.fontSize = ''")
+	b.settle()
+	place := js[string](b, places)
+	js[any](b, "const n = document.createElement('grammar-helper'); n.style.cssText = 'display: block; width: 60px; height: 90px'; $('#text').after(n)")
+	b.settle()
+	if got := js[string](b, places); got != place {
+		t.Errorf("a node beside the field moves things from %s to %s", place, got)
+	}
+
+	// On a wall: as large in the hall, whatever the projector's pixels.
+	b.open(p.url() + "/?view=projector")
+	b.wait("live", "state() === 'live'")
+	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("to be read from the last row ", 9)))
+	b.wait("a text", "texts().at(-1)?.startsWith('to be read')")
+	letters := map[int]float64{}
+	for _, width := range []int{1920, 3840} {
+		b.size(width, width*9/16)
+		b.settle()
+		letters[width] = js[float64](b, "return parseFloat(getComputedStyle($('#log .text')).fontSize)")
+		b.checks(
+			check{fmt.Sprintf("%d px: lines of 45 characters' width", width), "(n => { const zeros = document.createElement('span'); zeros.textContent = '0'.repeat(45); n.append(zeros); const w = zeros.getBoundingClientRect().width; zeros.remove(); return n.clientWidth <= w + 1 && n.clientWidth > w - 9; })($('#log .row:last-child .text'))"},
+			check{fmt.Sprintf("%d px: the last row keeps clear of the edge", width), "innerHeight - $('#log .row:last-child').getBoundingClientRect().bottom >= 24"},
+			check{fmt.Sprintf("%d px: it says what Space does", width), "seen($('.space')) && $('.space').textContent === 'Space pauses'"},
+		)
+	}
+	if letters[1920] < 40 || math.Abs(letters[3840]-2*letters[1920]) > 1 {
+		t.Errorf("letters of %v px", letters)
+	}
+}
+
 // Whose message it is, is decided by the keys that this browser has sent, not by a name that
 // anybody can take.
 func TestPageOwn(t *testing.T) {
@@ -8291,6 +8484,80 @@ func TestPageClean(t *testing.T) {
 	}
 }
 
+// The oldest browsers that README promises. What they lack is not used, or has something else to
+// stand on. (The versions are those of MDN's compatibility data.)
+func TestPageFloor(t *testing.T) {
+	floor := []float64{86, 78, 15.4} // Chromium, Firefox, Safari
+	readme := readFile(t, "README.md")
+	if want := fmt.Sprintf("Chromium %v, Firefox %v, Safari %v", floor[0], floor[1], floor[2]); !strings.Contains(readme, want) {
+		t.Errorf("README.md does not promise %s", want)
+	}
+	var style, script string
+	for _, kind := range []struct {
+		ext  string
+		text *string
+	}{{"css", &style}, {"js", &script}} {
+		names, _ := filepath.Glob("assets/*." + kind.ext)
+		for _, name := range names {
+			*kind.text += regexp.MustCompile(`(?s)/\*.*?\*/`).ReplaceAllString(readFile(t, name), "")
+		}
+	}
+	for _, f := range []struct {
+		name, in, uses string
+		since          []float64
+		instead        string // what an older browser does with, if that is there
+	}{
+		{"??", script, `\?\? `, []float64{80, 72, 13.1}, ""},
+		{"?.", script, `\?\.\w`, []float64{80, 74, 13.1}, ""},
+		{"??= and ||=", script, `\?\?=|\|\|=|&&=`, []float64{85, 79, 14}, ""},
+		{"Array.at", script, `\.at\(`, []float64{92, 90, 15.4}, ""},
+		{"findLast, toSorted and their like", script, `\.(findLast|toSorted|toReversed|toSpliced|group)\w*\(`, []float64{97, 104, 15.4}, ""},
+		{"replaceAll", script, `\.replaceAll\(`, []float64{85, 77, 13.1}, ""},
+		{"Object.hasOwn, structuredClone", script, `hasOwn\(|structuredClone`, []float64{93, 92, 15.4}, ""},
+		{"private members", script, `this\.#`, []float64{84, 90, 15}, ""},
+		{"fields of classes", script, `(?m)^  \w+ = .*;`, []float64{72, 69, 14.1}, ""},
+		{"static blocks", script, `static \{`, []float64{94, 93, 16.4}, ""},
+		{"await outside of functions", script, `(?m)^(const .*= )?await `, []float64{89, 89, 15}, ""},
+		{"looking back in a pattern", script, `\(\?<[=!]`, []float64{62, 78, 16.4}, ""},
+		{"classes of characters in a pattern", script, `\\p\{`, []float64{64, 78, 11.1}, ""},
+		{"flags d and v of a pattern", script, `/[gimsuy]*[dv][gimsuy]*[;,)]`, []float64{112, 116, 17}, ""},
+		{"replaceChildren", script, `replaceChildren`, []float64{86, 78, 14}, ""},
+		{"crypto.randomUUID", script, `\.randomUUID\(`, []float64{92, 95, 15.4}, ""},
+		{"AbortSignal.timeout", script, `AbortSignal\.`, []float64{103, 100, 16}, ""},
+		{"navigator.clipboard", script, `navigator\.clipboard`, []float64{66, 127, 13.1}, `execCommand\('copy'\)`},
+		{"shared workers", script, `new SharedWorker`, []float64{80, 114, 16}, `catch \{ +// no such thing here`},
+		{"trusted types", script, `trustedTypes`, []float64{83, 148, 26}, `trustedTypes\?\.`},
+		{":is() and :where()", style, `:(is|where)\(`, []float64{88, 78, 14}, ""},
+		{":has()", style, `:has\(`, []float64{105, 121, 15.4}, ""},
+		{"inset", style, `\binset:`, []float64{87, 66, 14.1}, ""},
+		{"aspect-ratio", style, `aspect-ratio`, []float64{88, 89, 15}, ""},
+		{"overflow: clip", style, `overflow: clip`, []float64{90, 81, 16}, `overflow: hidden;\s+overflow: clip`},
+		{"color-mix", style, `color-mix\(`, []float64{111, 113, 16.2}, `background: var\(--line\); background: color-mix`},
+		{"dvh", style, `\ddvh`, []float64{108, 101, 15.4}, `height: 100vh;\s+(min-)?height: 100dvh`},
+		{"field-sizing", style, `field-sizing`, []float64{123, 152, 26.2}, `@supports \(field-sizing: content\)`},
+		{"nesting", style, `(?m)^\s*&`, []float64{112, 117, 16.5}, ""},
+		{"layers and containers", style, `@(layer|container)`, []float64{99, 97, 15.4}, ""},
+		{"lh", style, `\d(r?lh)\b`, []float64{109, 120, 16.4}, ""},
+		{"translate, rotate and scale alone", style, `(?m)[{;]\s*(translate|rotate|scale):`, []float64{104, 72, 14.1}, ""},
+		{"overflow-wrap: anywhere", style, `overflow-wrap: anywhere`, []float64{80, 65, 15.4}, ""},
+		{"min(), max() and clamp()", style, `\b(min|max|clamp)\(`, []float64{79, 75, 13.1}, ""},
+		{"gap of flex boxes", style, `\bgap:`, []float64{84, 63, 14.1}, ""},
+		{"logical shorthands", style, `\b(margin|padding|inset)-(inline|block):`, []float64{87, 66, 14.1}, ""},
+	} {
+		if !regexp.MustCompile(f.uses).MatchString(f.in) {
+			continue
+		}
+		if f.instead != "" && regexp.MustCompile(f.instead).MatchString(f.in+script) {
+			continue
+		}
+		for i, since := range f.since {
+			if since > floor[i] {
+				t.Errorf("%s: %s has it since %v, and is promised from %v", f.name, []string{"Chromium", "Firefox", "Safari"}[i], since, floor[i])
+			}
+		}
+	}
+}
+
 // Every text is there in both languages, is used, and is what the templates and the script ask for.
 func TestPageStrings(t *testing.T) {
 	read := func(name string) string {
@@ -8304,6 +8571,11 @@ func TestPageStrings(t *testing.T) {
 	var strs map[string]map[string]string
 	if err := json.Unmarshal([]byte(read("strings.json")), &strs); err != nil {
 		t.Fatal(err)
+	}
+	for _, key := range allMatches(regexp.MustCompile(`(?:\bT\.|say\(')([a-z_]+)`), read("chat.js")) {
+		if !strings.Contains(read("chat.html"), `data-key="`+key+`">{{.T.`+key+`}}<`) {
+			t.Errorf("chat.js asks for %s, which chat.html does not give it", key)
+		}
 	}
 	used := map[string]bool{"connecting": true, "live": true, "reconnecting": true, "offline": true, // T[state]
 		"name_empty": true, "name_long": true, "name_chars": true, "password_wrong": true, "too_many": true} // .Error
@@ -8657,6 +8929,20 @@ func TestLessonLooks(t *testing.T) {
 		}
 		b.size(1024, 768)
 		b.checks(check{"time lines and numbers on one screen", "scrollTo(0, 0), $$('.plot').every((n) => n.getBoundingClientRect().bottom < 768)"})
+		b.checks(
+			check{"one delay is one", map[string]string{"en": "$$('.spread').every((n) => /^1 delay: /.test(n.textContent))", "zh": "$$('.spread').every((n) => /^1 条：/.test(n.textContent))"}[c.lang]},
+			check{"the address to join", "$('header .me b').textContent === location.origin && seen($('header .me'))"},
+			check{"what a button shows is in its name", "$('#ten').getAttribute('aria-label').startsWith($('#ten').textContent)"},
+			check{"what stands outside main has a name", "$('#say').getAttribute('aria-label')"},
+			check{"a mouse is told to point, a finger to touch", "seen($('.by-touch')) === matchMedia('(hover: none)').matches && seen($('.by-mouse')) !== seen($('.by-touch'))"},
+		)
+		before := js[int](b, "return $('main').offsetHeight")
+		newClient(t, room.url).say(strings.Repeat("\n", 1000) + strings.Repeat("界\n", 1400) + "end")
+		b.wait("many lines", "raw('#answer').some((line) => line.includes('…'))")
+		if after := js[int](b, "return $('main').offsetHeight"); after > before+700 {
+			t.Errorf("thousands of lines make the lesson %d px high instead of %d", after, before)
+		}
+		b.cdp("Emulation.setEmulatedMedia", map[string]any{"features": []any{}})
 		call[any](b, "POST", "/refresh", nil)
 		b.wait("all three receive", "state() === 'live' && raw('#answer').length")
 		var order []string

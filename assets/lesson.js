@@ -103,7 +103,8 @@ class Way {
 
   open() {
     this.close();
-    const query = new URLSearchParams({ ...(this.wait && { wait: this.wait }), after: this.cursor ||= start });
+    this.cursor = this.cursor || start;
+    const query = new URLSearchParams({ ...(this.wait && { wait: this.wait }), after: this.cursor });
     this.source = new EventSource(`/stream?${query}`);
     this.source.onopen = () => this.begin();
     this.source.onerror = () => this.fail();
@@ -121,6 +122,11 @@ class Way {
     this.end();
   }
 
+  /** @returns {Asked | undefined} */
+  get last() {
+    return this.requests[this.requests.length - 1];
+  }
+
   /** The answer to a request has begun. EventSource makes as many as it needs. */
   begin() {
     this.end();
@@ -129,16 +135,17 @@ class Way {
   }
 
   end() {
-    const last = this.requests.at(-1);
-    if (last) last.end ||= now();
+    const { last } = this;
+    if (last) last.end = last.end || now();
   }
 
   /** The answer has ended, as those of polling do. EventSource comes back by itself, but gives up
    *  for good when it is refused. */
   fail() {
     this.end();
-    this.lost ||= !this.wait || this.source?.readyState === EventSource.CLOSED;
-    if (this.source?.readyState === EventSource.CLOSED) this.later();
+    const isOver = this.source?.readyState === EventSource.CLOSED;
+    this.lost = this.lost || !this.wait || isOver;
+    if (isOver) this.later();
   }
 
   /** Comes back after a pause that grows, and that is not the same for a whole class. EventSource
@@ -155,7 +162,7 @@ class Way {
 
   /** @param {MessageEvent} e */
   receive(e) {
-    const last = this.requests.at(-1);
+    const { last } = this;
     if (last && !last.exact) last.bytes += frameBytes(e, last.pinged, this.cursor);
     if (last && e.type === 'ping') last.pinged = true;
     if (last && e.type === 'gap') last.pinged = false;
@@ -424,7 +431,7 @@ async function readWire(after) {
     .map((line) => `request ${line}`));
   list(answer, [...shortHead(lines).map((line) => `head ${line}`),
     ...shortBody(text.split('\n').slice(0, -1)).map((line) => `body ${line}`)]);
-  return text.match(/^id: (.+)$/gm)?.at(-1)?.slice(4) ?? after;
+  return text.match(/^id: (.+)$/gm)?.pop()?.slice(4) ?? after;
 }
 
 /** The header as it came; fetch gives names in small letters. @param {Response} res */

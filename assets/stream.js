@@ -162,7 +162,7 @@ function shared(cursor, hear, giveUp) {
   /** @param {object} question */
   const ask = (question) => {
     worker.port.postMessage(question);
-    patience ||= setTimeout(dead, PATIENCE);
+    patience = patience || setTimeout(dead, PATIENCE);
   };
   const close = () => {
     worker.port.postMessage({ bye: true });
@@ -195,7 +195,7 @@ function alone(cursor, hear) {
   /** @type {ReturnType<typeof openStream> | null} */
   let stream = null;
   let answered = false;
-  const take = () => { stream ??= openStream(cursor(), hear); };
+  const take = () => { stream = stream ?? openStream(cursor(), hear); };
   const letGo = () => { stream?.close(); stream = null; };
 
   /** Of two hidden tabs the lower rank keeps its stream. */
