@@ -1621,7 +1621,7 @@ type view struct {
 	Char     string            // login: the character that text is about
 	Password bool              // login: the room has one
 	View     string            // chat: "projector"
-	Join     string            // chat: the address to open in the room
+	Join     string            // chat, lesson: the address to open in the room
 	Redis    bool              // lesson: the room is shared
 	Channel  string            // lesson: through this channel
 	Process  string            // lesson: which process made the page
@@ -1685,7 +1685,34 @@ func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
 		unavailable(w, cannotTell)
 		return
 	}
+	rememberPage(w, r)
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
+}
+
+// nextName is the name of the cookie with the page that sent somebody to the login. The pages'
+// script sets it too.
+const nextName = "chat_next"
+
+// nextPages are the pages that lead back to themselves.
+var nextPages = []string{"/lesson", "/?view=projector"}
+
+func rememberPage(w http.ResponseWriter, r *http.Request) {
+	if page := r.URL.RequestURI(); slices.Contains(nextPages, page) {
+		http.SetCookie(w, &http.Cookie{Name: nextName, Value: url.QueryEscape(page), Path: "/", MaxAge: 600, SameSite: http.SameSiteLaxMode})
+	}
+}
+
+// nextPage is where a login leads, once.
+func nextPage(w http.ResponseWriter, r *http.Request) string {
+	c, err := r.Cookie(nextName)
+	if err != nil {
+		return "/"
+	}
+	http.SetCookie(w, &http.Cookie{Name: nextName, Path: "/", MaxAge: -1})
+	if page, _ := url.QueryUnescape(c.Value); slices.Contains(nextPages, page) {
+		return page
+	}
+	return "/"
 }
 
 // roomURLs lists the addresses at which the room can be opened, the likeliest first.
@@ -1780,8 +1807,28 @@ func secure(r *http.Request) bool {
 }
 
 func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
-	sess, _ := s.identify(r)
-	s.showLogin(w, r, http.StatusOK, sess.name, "")
+	sess, who := s.identify(r)
+	reason := ""
+	if who == invalid {
+		sess.name, reason = claimedName(r.Header), "session_over"
+	}
+	s.showLogin(w, r, http.StatusOK, sess.name, reason)
+}
+
+// claimedName is the name in a cookie that does not verify: good enough to fill in a form.
+func claimedName(h http.Header) string {
+	for _, value := range cookieValues(h) {
+		part := strings.Split(value, ".")
+		if len(part) != 6 {
+			continue
+		}
+		if name, err := base64.RawURLEncoding.DecodeString(part[4]); err == nil {
+			if clean, reason := cleanName(string(name)); reason == "" {
+				return clean
+			}
+		}
+	}
+	return ""
 }
 
 func (s *server) showLogin(w http.ResponseWriter, r *http.Request, status int, name, reason string) {
@@ -1826,7 +1873,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 	}
 	value := k.sign(session{id: rand.Text(), name: name, expires: now.Add(sessionLife)})
 	setCookie(w, r, value, int(sessionLife.Seconds()))
-	http.Redirect(w, r, "/", http.StatusSeeOther)
+	http.Redirect(w, r, nextPage(w, r), http.StatusSeeOther)
 }
 
 func setCookie(w http.ResponseWriter, r *http.Request, value string, maxAge int) {
@@ -1932,7 +1979,7 @@ func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.show(w, r, http.StatusOK, "lesson.html",
-		view{Redis: s.cfg.redis != nil, Channel: s.cfg.channel, Process: s.process})
+		view{Redis: s.cfg.redis != nil, Channel: s.cfg.channel, Process: s.process, Join: s.joinURL(r)})
 }
 
 func (s *server) healthz(w http.ResponseWriter, r *http.Request) {

@@ -4,37 +4,43 @@
      The page itself is chat.html: every node has its place there, and the pieces that are copied
      are in <template>s. Its looks are chat.css. The script moves text between nodes and sets
      data-state and the like; it never makes markup out of text, so nothing that anybody writes
-     can be more than text.
+     can be more than text. Four parts have files of their own: stream.js brings the events,
+     outbox.js sends, keys.js says which message is which and whose, text.js what is code and a link.
 
-     receiving    arrive → queue → flush: events come from stream.js, wait in a queue, and are
-                  put into the page at most ten times a second
+     receiving    arrive → inbox.queue → inbox.flush: events wait in a queue, and are put into the
+                  page at most ten times a second
      rows         a message becomes a row; rows lie in sections of 50, so that the browser lays
                   out the last 50 and not the last 1000
-     text         line breaks, ``` code ```, `code`, links
+     text         pieces become nodes; a long text is folded
      scrolling    stays at the end, unless the reader has scrolled up
      connection   connecting → live → reconnecting or offline
-     sending      submit → outbox → pump: one POST at a time, with an id drawn here; the same id
-                  again until it is in, so that nothing is lost and nothing is there twice. The
-                  message stands in the outbox until the event with its id comes back.
+     sending      submit → outbox: the message stands under the log until it comes back
      composing    the field: keys, counter, draft
-*/
+
+   Each part is an object that holds what it has to remember, below its constants; the functions
+   beside it are those that need no memory. */
 import { connect } from './stream.js';
+import { forget, isOurs, keyOf, logIn } from './keys.js';
+import { Outbox } from './outbox.js';
+import { cut, pieces } from './text.js';
 
 /** @typedef {import('./stream.js').Told} Told */
-/** A message on its way: waiting, sent (the server has it), or failed (goes only by Retry).
- *  @typedef {{id: string, text: string, at: number, state: string, tried?: number, node?: any}} Letter */
+/** @typedef {import('./outbox.js').Letter} Letter */
+/** @typedef {import('./text.js').Piece} Piece */
+/** What waits to be put in: an event, with the key of its message, and whether that is a copy.
+ *  @typedef {Told & {key: string, copy: boolean}} Waiting */
 
 const FLUSH = 100;                  // ms between two changes of the page
 const SECTION = 50;                 // rows a section
 const KEEP = 1000, KEEP_READING = 5000; // rows kept; while the reader is further up
-const REMEMBER = 8192;              // ids known, so that a message is shown once
+const REMEMBER = 8192;              // keys known, so that a message is shown once
 const NEAR = 48;                    // px from the end that count as the end
 const GROUP = 300;                  // s in which messages of one author stand together
-const LINES = 12;                   // lines shown of a long text
+const SKEW = 600;                   // s by which the clocks of two servers may differ
+const CHARS = 800, LINES = 12;      // a longer text is folded
+const CHARS_SHOWN = 500, LINES_SHOWN = 10; // to this: what it hides is higher than the button
+const SAID = 2_000;                 // ms for which a button says what it did
 const MAX = 4000, COUNT_FROM = 3200; // characters of a message
-const ANSWER = 10_000;              // ms a POST may take
-const TRY_FOR = 60_000;             // ms of a live connection before a message counts as not sent
-const TOO_OLD = 600_000;            // ms after which a message no longer goes by itself
 const GRACE = 2_000;                // ms a connection may be lost unnoticed
 
 /** @param {string} id @returns {any} */
@@ -51,8 +57,8 @@ const room = document.title;
 const T = {};
 for (const p of $('strings').content.children) T[p.dataset.key] = p.textContent;
 
-/** A text with its number filled in. @param {string} key @param {number} n */
-const say = (key, n) => T[key].replace(/{[ns]}/, String(n));
+/** A text with its blank filled in. @param {string} key @param {any} n */
+const say = (key, n) => T[key].replace(/{[ns]}/, () => n);
 
 /** @param {string} tag @param {string} text */
 function element(tag, text) {
@@ -61,100 +67,162 @@ function element(tag, text) {
   return node;
 }
 
+/** @param {any} node @param {string} events @param {(e: any) => void} f */
+function on(node, events, f) {
+  for (const event of events.split(' ')) node.addEventListener(event, f, { passive: /scroll|wheel|touch/.test(event) });
+}
+
 /** A copy of a template's node. @param {string} id @returns {any} */
 const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
 
 // ---- receiving ----
 
-/** Ids of the messages that have come, oldest first. */
-const seen = new Set();
-/** What has come and is not in the page yet. @type {Told[]} */
-let queue = [];
-let flushTimer = 0, flushedAt = 0;
-let backlog = true;                 // until the backlog is complete
-let unread = 0;                     // messages that came while the tab was hidden
-
 /** @param {Told} e */
 function arrive(e) {
-  if (e.type === 'login') return toLogin();
-  if (e.type === 'down') return setDown();
-  if (e.type !== 'wait') setLive();
-  if (e.type === 'ping') backlog = false;
-  if (e.type === 'message' && !remember(e.id)) return;
-  if (e.type === 'gap') lose();
-  if (e.type === 'message') deliver(e);
-  if (e.type === 'message' && document.hidden) countUnread(e);
-  if (e.type === 'message' || e.type === 'gap') queue.push(e);
-  flushTimer ||= setTimeout(flush, Math.max(0, flushedAt + FLUSH - performance.now()));
-}
-
-/** False if the message is known already. @param {string | undefined} id */
-function remember(id) {
-  if (seen.has(id)) return false;
-  seen.add(id);
-  if (seen.size > REMEMBER) seen.delete(seen.values().next().value);
-  return true;
-}
-
-/** Puts the queue into the page. A hidden tab does nothing, it catches up when it is shown. */
-function flush() {
-  flushTimer = 0;
-  const keep = stuck ? KEEP : KEEP_READING;
-  if (queue.length > 2 * keep) queue = queue.slice(-keep);
-  if (document.hidden) return;
-  flushedAt = performance.now();
-  const batch = queue;
-  queue = [];
-  if (batch.length >= keep) clear(); // more than fits: nothing older can stay
-  announce(batch.length);
-  for (const e of batch) place(e.type === 'gap' ? gapLine() : row(e));
-  for (const node of delivered.splice(0)) node.remove();
-  trim(keep);
-  settle(batch);
-}
-
-/** After the rows are in. @param {Told[]} batch */
-function settle(batch) {
-  if (!backlog) {
-    empty.hidden = rows > 0;
-    setTimeout(() => log.setAttribute('aria-busy', 'false'));
+  if (e.type === 'login') return logIn();
+  if (e.type === 'down') return connection.lose();
+  if (e.type !== 'wait') connection.live();
+  if (e.type === 'gap') outbox.gap();
+  const key = keyOf(e.id ?? ''), copy = e.type === 'message' && !inbox.remember(key);
+  inbox.add({ ...e, key, copy });
+  if (e.type === 'message' && !copy) receive(key, e);
+  if (e.type === 'ping') {
+    inbox.backlog = false;
+    outbox.caughtUp();
   }
-  if (stuck) return toEnd();
-  below += batch.filter((e) => e.type === 'message' && !isMine(e)).length;
-  showPill();
 }
 
-let windowStart = 0, inWindow = 0, inLast = 0;
-
-/** A screen reader does not read out more than ten messages a second. @param {number} n */
-function announce(n) {
-  const now = performance.now();
-  if (now - windowStart > 1000) {
-    inLast = now - windowStart > 2000 ? 0 : inWindow;
-    [windowStart, inWindow] = [now, 0];
+/** A message that is new. @param {string} key @param {Told} e */
+function receive(key, e) {
+  const letter = outbox.arrived(key);
+  if (letter) {
+    save();
+    inbox.arrived.push(letter.node);
+    if (LINE.exec(e.text ?? '')?.[5] !== me) location.reload(); // the session has another name than this page
   }
-  inWindow += n;
-  log.setAttribute('aria-live', inWindow > 10 || inLast > 10 ? 'off' : 'polite');
+  if (!document.hidden || inbox.backlog || isOurs(key)) return;
+  inbox.firstUnread = inbox.firstUnread || key;
+  badge(++inbox.unread);
 }
 
-/** @param {Told} e */
-function countUnread(e) {
-  if (backlog || isMine(e)) return;
-  unread++;
-  badge();
+const inbox = {
+  /** Keys of the messages that have come, oldest first. */
+  seen: new Set(),
+  /** What has come and is not in the page yet. @type {Waiting[]} */
+  queue: [],
+  timer: 0, flushedAt: 0,
+  /** When the last ten came. @type {number[]} */
+  times: [],
+  backlog: true,                    // until the backlog is complete
+  isCalm: false,                    // few rows come at once: they may be seen to come
+  unread: 0,                        // messages that came while the tab was hidden …
+  firstUnread: '',                  // … and the key of the first of them
+  /** Rows of letters that have arrived, to go when the message itself is put in. @type {any[]} */
+  arrived: [],
+
+  /** False if the message is known already. @param {string} key */
+  remember(key) {
+    if (this.seen.has(key)) return false;
+    this.seen.add(key);
+    if (this.seen.size > REMEMBER) this.seen.delete(this.seen.values().next().value);
+    return true;
+  },
+
+  /** @param {Waiting} e */
+  add(e) {
+    this.queue.push(e);
+    if (this.queue.length > 2 * list.room()) this.queue = this.queue.slice(-list.room());
+    this.timer = this.timer || setTimeout(() => this.flush(), this.flushedAt + FLUSH - performance.now());
+  },
+
+  /** A screen reader does not read out more than ten messages a second. @param {number} n */
+  announce(n) {
+    const now = performance.now();
+    this.times = [...this.times, ...Array(n).fill(now)].filter((t) => now - t < 1000).slice(-11);
+    log.setAttribute('aria-live', this.times.length > 10 ? 'off' : 'polite');
+  },
+
+  /** Puts the queue into the page. A hidden tab does nothing, it catches up when it is shown. */
+  flush() {
+    this.timer = 0;
+    if (document.hidden) return;
+    this.flushedAt = performance.now();
+    view.look();
+    const batch = this.queue, fresh = batch.filter((e) => e.type === 'message' && !e.copy);
+    this.queue = [];
+    if (fresh.length >= list.room()) list.clear(); // more than fits: nothing older can stay
+    this.announce(fresh.length);
+    this.isCalm = !this.backlog && fresh.length < 4;
+    for (const e of batch) history.put(e);
+    if (this.firstUnread) list.markNew(this.firstUnread);
+    this.firstUnread = '';
+    for (const node of this.arrived.splice(0)) node.remove();
+    list.trim();
+    folds.measure();
+    if (!this.backlog) showEmpty();
+    view.grown(fresh.filter((e) => !isOurs(e.key)).length);
+  },
+};
+
+/** Puts what has come where it belongs: at the end, but after a gap the history comes again, and
+ *  what of it is new goes before the next row that is already there. */
+const history = {
+  /** After a gap: the new rows that no known one has followed yet. @type {HTMLElement[] | null} */
+  loose: null,
+  joined: false,                    // a row that was there has come again
+
+  /** @param {Waiting} e */
+  put(e) {
+    if (e.type === 'gap') this.begin();
+    if (e.type === 'ping') this.end();
+    if (e.type === 'message') e.copy ? this.meet(e.key) : this.take(row(e));
+  },
+
+  begin() {
+    this.end();
+    this.loose = [];
+    this.joined = false;
+  },
+
+  /** @param {HTMLElement} node */
+  take(node) {
+    this.loose ? this.loose.push(node) : list.append(node);
+    node.classList.toggle('comes', inbox.isCalm && !node.matches('.own')); // an own one was there before
+  },
+
+  /** A copy of a row that is there, perhaps. @param {string} key */
+  meet(key) {
+    const known = this.loose && list.find(key);
+    if (!known) return;
+    list.insert(this.loose || [], known);
+    this.loose = [];
+    this.joined = true;
+  },
+
+  /** All of it is here. If nothing in it was known, nobody can tell what is missing before it. */
+  end() {
+    if (!this.loose) return;
+    if (!this.joined && list.count) list.append(copy('gap'));
+    for (const node of this.loose) list.append(node);
+    this.loose = null;
+  },
+};
+
+function showEmpty() {
+  empty.hidden = list.count > 0;
+  setTimeout(() => log.setAttribute('aria-busy', 'false'));
 }
 
-/** The count in the title, and an icon that can be told from the usual one. */
-function badge() {
+/** The count in the title, and an icon that can be told from the usual one. @param {number} unread */
+function badge(unread) {
   document.title = unread ? `(${unread}) ${room}` : room;
   icon.href = unread ? '/assets/unread.svg' : '/assets/favicon.svg';
 }
 
-document.addEventListener('visibilitychange', () => {
+on(document, 'visibilitychange', () => {
   if (document.hidden) return;
-  unread = 0;
-  badge();
-  flush();
+  badge(inbox.unread = 0);
+  inbox.flush();
 });
 
 // ---- rows ----
@@ -162,432 +230,500 @@ document.addEventListener('visibilitychange', () => {
 /** [12:34:56] name: text. A line of another program need not look like this. */
 const LINE = /^\[((\d\d):(\d\d)):(\d\d)\] ([^:\n]{1,64}): ([^]*)$/;
 
-let rows = 0;
-/** The author of the last row, and when it was, in seconds of the day. */
-let lastWho = '', lastAt = 0;
-
-/** @param {Told} e @returns {HTMLElement} */
+/** @param {Waiting} e @returns {HTMLElement} */
 function row(e) {
   const node = copy('row');
   const [, time, h, m, s, who, text] = LINE.exec(e.text ?? '') ?? [];
+  node.dataset.key = e.key;
+  node.classList.toggle('own', !projector && isOurs(e.key)); // on a wall nothing is anybody's own
   if (who === undefined) node.querySelector('.who').remove();
   else sign(node, who, time, Number(h) * 3600 + Number(m) * 60 + Number(s));
-  lastWho = who ?? '';
   fill(node.lastElementChild, text ?? e.text ?? '');
   return node;
 }
 
-/** Name, colour, time; the name is seen once for messages that follow each other.
- *  @param {any} node @param {string} who @param {string} time @param {number} at */
+/** Name, colour, time. @param {any} node @param {string} who @param {string} time @param {number} at */
 function sign(node, who, time, at) {
   node.querySelector('bdi').textContent = who;
+  node.firstElementChild.dataset.initial = [...who][0].toUpperCase();
   node.querySelector('time').textContent = time;
-  node.dataset.colour = colour(who);
-  node.classList.toggle('own', who === me);
-  node.classList.toggle('follows', who === lastWho && (at - lastAt + 86400) % 86400 <= GROUP);
-  lastAt = at;
+  Object.assign(node.dataset, { who, at });
+  paint(node, who);
 }
 
-/** One of twelve. @param {string} name */
-const colour = (name) => [...name].reduce((sum, c) => sum + (c.codePointAt(0) ?? 0), 0) % 12;
-
-function gapLine() {
-  lastWho = '';
-  return copy('gap');
+/** One of twelve colours. @param {any} node @param {string} name */
+function paint(node, name) {
+  const sum = [...name].reduce((n, c) => n + (c.codePointAt(0) ?? 0), 0);
+  node.style.setProperty('--author', `var(--a${sum % 12})`);
 }
 
-/** @param {Told} e */
-const isMine = (e) => LINE.exec(e.text ?? '')?.[5] === me;
+/** The rows of the log, and the lines between them. */
+const list = {
+  count: 0,
 
-/** Adds a row at the end. @param {HTMLElement} node */
-function place(node) {
-  if (!log.lastElementChild || log.lastElementChild.childElementCount >= SECTION) {
-    log.append(document.createElement('section'));
-  }
-  log.lastElementChild.append(node);
-  rows++;
+  /** How many may be there. */
+  room: () => (view.isFree() ? KEEP : KEEP_READING),
+
+  /** @param {string} key @returns {HTMLElement | null} */
+  find: (key) => log.querySelector(`[data-key="${CSS.escape(key)}"]`),
+
+  /** Adds a row at the end. @param {HTMLElement} node */
+  append(node) {
+    if (!log.lastElementChild || log.lastElementChild.childElementCount >= SECTION) {
+      log.append(document.createElement('section'));
+    }
+    log.lastElementChild.append(node);
+    this.count++;
+    group(node);
+  },
+
+  /** A line above the first message that nobody has seen. @param {string} key */
+  markNew(key) {
+    const last = log.querySelector('[data-new]'), first = this.find(key);
+    if (last) delete last.dataset.new;
+    if (first) first.dataset.new = T.new;
+  },
+
+  /** Adds rows before one that is there. @param {HTMLElement[]} nodes @param {HTMLElement} next */
+  insert(nodes, next) {
+    if (!nodes.length) return;
+    view.changeAbove(next, () => next.before(...nodes));
+    this.count += nodes.length;
+    for (const node of [...nodes, next]) group(node);
+  },
+
+  /** Drops sections that are too old. */
+  trim() {
+    const before = this.count;
+    while (this.count - (log.firstElementChild?.childElementCount ?? this.count) >= this.room()) {
+      const section = log.firstElementChild;
+      this.count -= section.childElementCount;
+      view.changeAbove(section, () => section.remove());
+    }
+    if (this.count < before) group(log.querySelector('.row'));
+  },
+
+  clear() {
+    log.replaceChildren();
+    this.count = 0;
+  },
+};
+
+/** The name is seen once for messages that follow each other. Where the clock runs back it is another
+ *  day. @param {HTMLElement | null} node */
+function group(node) {
+  if (!node) return;
+  const { who, at } = node.dataset, last = previous(node);
+  const apart = Number(at) - Number(last?.dataset.at);
+  const isSame = last && who && last.dataset.who === who && last.matches('.own') === node.matches('.own');
+  node.classList.toggle('follows', Boolean(isSame && apart > -SKEW && apart <= GROUP));
+  last?.classList.toggle('leads', node.matches('.follows'));
+  if (apart < -SKEW) node.dataset.day = T.day;
+  else delete node.dataset.day;
 }
 
-/** Drops sections that are too old. @param {number} keep */
-function trim(keep) {
-  const before = rows;
-  while (rows - (log.firstElementChild?.childElementCount ?? rows) >= keep) {
-    const section = log.firstElementChild;
-    const higher = stuck || CSS.supports('overflow-anchor', 'auto') ? 0 : section.offsetHeight;
-    rows -= section.childElementCount;
-    section.remove();
-    if (higher) log.scrollTop -= higher; // in Safari, which does not keep the reader's place
-  }
-  if (rows < before) log.querySelector('.row')?.classList.remove('follows');
-}
-
-function clear() {
-  log.replaceChildren();
-  rows = 0;
-  lastWho = '';
+/** What stands before it in the log. @param {HTMLElement} node @returns {any} */
+function previous(node) {
+  return node.previousElementSibling ?? node.parentElement?.previousElementSibling?.lastElementChild;
 }
 
 // ---- text ----
 
-/** Puts a message's text into its node, a long one folded. @param {HTMLElement} node
+/** Puts a message's text into its node; a long one is folded. @param {HTMLElement} node
  *  @param {string} text */
 function fill(node, text) {
-  const lines = text.split('\n');
-  if (lines.length <= LINES) return node.append(pretty(text));
-  const more = copy('more');
-  more.textContent = say('show_all', lines.length);
-  more.onclick = () => {
-    node.replaceChildren(pretty(text));
-    stuck = projector || atEnd();   // who unfolds a text wants to read it
-  };
-  node.append(pretty(lines.slice(0, LINES).join('\n')), more);
+  const all = pieces(text), lines = text.split('\n').length;
+  node.parentElement?.classList.toggle('wide', text.length > CHARS / 2 || all.some((p) => p.kind === 'block'));
+  if (length(text) <= CHARS && lines <= LINES) {
+    node.append(render(all));
+    if (text.length > CHARS / 6 || lines > LINES / 3) folds.unsure.push(node);
+    return;
+  }
+  const [head, rest] = cut(all, CHARS_SHOWN, LINES_SHOWN);
+  node.append(render(head));
+  folds.fold(node, all, rest, lines > LINES ? say('show_all', lines) : T.show_rest);
 }
 
-/** A fence, alone on its line: ```python */
-const FENCE = /^```([\w+#.-]*) *$\n?/m;
-
-/** @param {string} text with ``` fences */
-function pretty(text) {
+/** @param {Piece[]} list */
+function render(list) {
   const out = document.createDocumentFragment();
-  const parts = text.split(FENCE);  // text, language, code, (nothing), text, language…
-  for (let i = 0; i < parts.length; i += 2) {
-    const isCode = i % 4 === 2;
-    const last = i + 1 === parts.length && !isCode;
-    const part = last ? parts[i] : parts[i].replace(/\n$/, '');
-    if (!part) continue;
-    out.append(isCode ? code(part, parts[i - 1]) : inline(part));
-  }
-  if (!out.textContent) out.append(text);
+  list.forEach(({ kind, text, language }) => {
+    if (kind === 'block') out.append(block(text, language ?? ''));
+    else if (kind === 'text') out.append(text);
+    else out.append(kind === 'code' ? element('code', text) : link(text));
+  });
   return out;
 }
 
 /** @param {string} text @param {string} language */
-function code(text, language = '') {
-  const node = element('pre', text);
-  if (language) node.dataset.language = language;
+function block(text, language) {
+  const node = copy('block'), pre = node.querySelector('pre');
+  pre.textContent = text;
+  pre.dataset.language = language;
+  if (projector) node.querySelector('button').remove();
   return node;
 }
 
-const TOKEN = /`([^`\n]+)`|https?:\/\/[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+/g;
-
-/** Text with `code` and links. @param {string} text */
-function inline(text) {
-  const out = document.createDocumentFragment();
-  let at = 0;
-  for (const m of text.matchAll(TOKEN)) {
-    const node = m[1] ? element('code', m[1]) : link(m[0]);
-    out.append(text.slice(at, m.index), node);
-    at = m.index + (m[1] ? m[0].length : (node.textContent ?? '').length);
-  }
-  out.append(text.slice(at));
-  return out;
-}
-
-/** A link, without what only ends the sentence. @param {string} url @returns {Node} */
+/** @param {string} url */
 function link(url) {
-  let extra = url.split(')').length - url.split('(').length;
-  let end = url.length;
-  while (/[.,;:!?'*]/.test(url[end - 1]) || url[end - 1] === ')' && extra-- > 0) end--;
-  url = url.slice(0, end);
-  try {
-    new URL(url);
-  } catch {
-    return document.createTextNode(url);
-  }
   const rel = 'noopener noreferrer nofollow';
   return Object.assign(element('a', url), { href: url, target: '_blank', rel });
 }
 
+/** Long texts. Only the beginning is in the page until somebody wants the rest: a few hundred
+ *  characters, whatever they are, are laid out in no time. */
+const folds = {
+  /** Texts that may be too high, to be measured when they are in the page. @type {HTMLElement[]} */
+  unsure: [],
+
+  /** Folds those that are too high. */
+  measure() {
+    const tall = this.unsure.splice(0).filter((node) =>
+      node.offsetHeight > (LINES + .5) * parseFloat(getComputedStyle(node).lineHeight));
+    for (const node of tall) this.fold(node, null, [], T.show_rest);
+  },
+
+  /** @param {HTMLElement} node @param {Piece[] | null} all what is not all in the page
+   *  @param {Piece[]} rest @param {string} label */
+  fold(node, all, rest, label) {
+    node.classList.add('folded');
+    if (all) node.append(this.hidden(rest));
+    if (projector) return;          // nobody is there to unfold it
+    const more = copy('more');
+    more.textContent = label;
+    more.onclick = () => {
+      more.remove();
+      node.classList.remove('folded');
+      if (all) node.replaceChildren(render(all));
+      view.stuck = view.atEnd();    // who unfolds a text wants to read it
+    };
+    node.after(more);
+  },
+
+  /** Where the rest stands while it is copied. @param {Piece[]} rest */
+  hidden(rest) {
+    const node = document.createElement('span');
+    node.className = 'rest';
+    this.rests.set(node, rest);
+    return node;
+  },
+  /** @type {WeakMap<Element, Piece[]>} */
+  rests: new WeakMap(),
+
+  /** Who copies a folded text copies all of it. */
+  copied() {
+    const selection = getSelection();
+    const nodes = [...document.querySelectorAll('.rest')].filter((node) => selection?.containsNode(node, true));
+    for (const node of nodes) node.append(render(this.rests.get(node) ?? []));
+    setTimeout(() => nodes.forEach((node) => node.replaceChildren()));
+  },
+};
+
+on(document, 'copy', () => folds.copied());
+
+// ---- copying code ----
+
+on(body, 'click', ({ target }) => {
+  if (!target.matches('.copy')) return;
+  const text = target.parentElement.querySelector('pre').textContent;
+  if (navigator.clipboard) navigator.clipboard.writeText(text);
+  else copyByHand(text);
+  target.textContent = T.copied;
+  setTimeout(() => { target.textContent = T.copy; }, SAID);
+});
+
+/** On plain http there is no clipboard, but what is selected can be copied. @param {string} text */
+function copyByHand(text) {
+  const field = Object.assign(document.createElement('textarea'), { value: text, className: 'unseen' });
+  body.append(field);
+  field.select();
+  document.execCommand('copy');
+  field.remove();
+}
+
 // ---- scrolling ----
 
-let stuck = true;                   // the end stays in sight
-let below = 0;                      // messages the reader has not scrolled down to
+const view = {
+  stuck: true,                      // the end stays in sight
+  below: 0,                         // messages the reader has not seen
+  isHeld: false,                    // a finger or a mouse button is down in the log
+  top: 0,                           // where it was when we last looked
+  /** Its size then. In the moment of a change (keyboard, rotation, a growing field) a scroll event
+   *  can come first; that is not the reader who scrolls. */
+  size: '',
 
-const atEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight <= NEAR;
-const toEnd = () => { log.scrollTop = log.scrollHeight; };
+  atEnd: () => log.scrollHeight - log.scrollTop - log.clientHeight <= NEAR,
 
-/** Follows the end again. */
-function follow() {
-  stuck = true;
-  below = 0;
-  showPill();
-  toEnd();
+  /** Whether new rows may move the page. Not under a finger, not away from a selected text. */
+  isFree() {
+    return this.stuck && (projector || !this.isHeld && !isSelecting());
+  },
+
+  toEnd() {
+    log.scrollTop = log.scrollHeight;
+    this.top = log.scrollTop;
+  },
+
+  /** Follows the end again. */
+  follow() {
+    this.stuck = true;
+    this.below = 0;
+    showPill();
+    this.toEnd();
+  },
+
+  /** Lets go of the end: the reader wants to see what is above. */
+  letGo() {
+    if (projector || log.scrollTop <= 0) return;
+    this.stuck = false;
+    showPill();
+  },
+
+  /** Upward, by whatever means and however little, is away from the end. Only down to it is back. */
+  look() {
+    const moved = Math.min(log.scrollTop, log.scrollHeight - log.clientHeight) - this.top; // it may bounce
+    if (projector || this.size !== sizeNow() || Math.abs(moved) < 1) return;
+    this.top += moved;
+    this.stuck = moved > 0 && (this.stuck || this.atEnd());
+    if (this.stuck) this.below = 0;
+    showPill();
+  },
+
+  /** Rows are in, so many of them new to the reader. @param {number} n */
+  grown(n) {
+    if (this.isFree()) return this.toEnd();
+    this.top = log.scrollTop;       // what was dropped above has moved it
+    this.below += n;
+    showPill();
+  },
+
+  /** The pointer is up, the selection gone. */
+  release() {
+    this.isHeld = false;
+    if (this.below && this.isFree()) this.follow();
+  },
+
+  /** Changes what stands above or before a node. Safari does not keep the reader's place by itself.
+   *  @param {HTMLElement} node @param {() => void} change */
+  changeAbove(node, change) {
+    const isMoved = !this.isFree() && !CSS.supports('overflow-anchor', 'auto')
+      && node.getBoundingClientRect().top < log.getBoundingClientRect().bottom;
+    const rest = isMoved ? log.scrollHeight - log.scrollTop : 0;
+    change();
+    if (isMoved) log.scrollTop = log.scrollHeight - rest;
+  },
+};
+
+const sizeNow = () => `${log.clientWidth} ${log.clientHeight}`;
+
+function isSelecting() {
+  const selection = getSelection();
+  return Boolean(selection && !selection.isCollapsed && log.contains(selection.anchorNode));
 }
 
 /** "3 new messages", or that a projector is paused. */
 function showPill() {
+  const { stuck, below } = view, paused = projector && !stuck;
   const count = below === 1 ? T.new_message : say('new_messages', below);
-  pill.hidden = stuck || !(below || projector);
-  pill.textContent = !projector ? count : below ? `${T.paused} ${count}` : T.paused;
+  pill.hidden = !below && !paused;
+  pill.textContent = !paused ? count : below ? `${T.paused} ${count}` : T.paused;
 }
 
-/** Its size when we last looked. In the moment of a change (keyboard, rotation, a growing field) a
- *  scroll event can come first; that is not the reader who scrolls. */
-let size = '';
-const sizeNow = () => `${log.clientWidth} ${log.clientHeight}`;
 new ResizeObserver(() => {
-  size = sizeNow();
-  if (stuck) toEnd();
+  view.size = sizeNow();
+  view.top = log.scrollTop;
+  if (view.isFree()) view.toEnd();
 }).observe(log);
 
-log.addEventListener('scroll', () => {
-  if (projector || size !== sizeNow() || stuck === atEnd()) return;
-  stuck = !stuck;
-  if (stuck) below = 0;
-  showPill();
-}, { passive: true });
-pill.addEventListener('click', follow);
-document.addEventListener('keydown', (e) => {
-  if (e.key === 'End' && e.target !== box) follow();
-  if (e.key !== ' ' || !projector) return;
-  e.preventDefault();
-  stuck = !stuck;
-  stuck ? follow() : showPill();
+on(log, 'scroll', () => view.look());
+on(log, 'wheel', (e) => e.deltaY < 0 && view.letGo());
+on(log, 'pointerdown touchstart', (e) => {
+  view.isHeld = e.target !== log || !(e.offsetX >= log.clientWidth); // the end of a drag on the scroll bar is not told
 });
+on(window, 'touchend touchcancel', (e) => e.touches.length || view.release());
+on(window, 'pointerup', () => view.release());
+on(window, 'pointermove', (e) => view.isHeld && e.pointerType === 'mouse' && !e.buttons && view.release());
+on(document, 'selectionchange', () => view.isHeld || view.release());
+on(pill, 'click', () => view.follow());
+
+on(document, 'keydown', (e) => {
+  if (e.key === 'End' && e.target !== box) view.follow();
+  if (log.contains(e.target) && isUpward(e)) view.letGo();
+  if (e.key === ' ' && projector) pause(e);
+  if (box && isForField(e)) box.focus(); // and the key goes there
+});
+
+/** A projector holds still, or goes on. @param {Event} e */
+function pause(e) {
+  e.preventDefault();
+  view.stuck = !view.stuck;
+  view.stuck ? view.follow() : showPill();
+}
+
+/** @param {KeyboardEvent} e */
+const isUpward = (e) => /^(ArrowUp|PageUp|Home)$/.test(e.key) || e.key === ' ' && e.shiftKey;
+
+/** Whoever reads and begins to type wants to write. @param {any} e */
+function isForField(e) {
+  if (e.ctrlKey || e.metaKey || e.altKey || [...e.key].length !== 1) return false;
+  return !e.target.matches(e.key === ' ' ? 'input, textarea, button, a, #log' : 'input, textarea');
+}
 
 // ---- connection ----
 
-let liveSince = 0;                  // 0 while there is no connection
-let graceTimer = 0;
+const connection = {
+  isLive: false,
+  timer: 0,                         // until a loss is worth telling
 
-function setLive() {
-  if (liveSince) return;
-  liveSince = Date.now();
-  clearTimeout(graceTimer);
-  graceTimer = 0;
-  showState('live');
-  unpause();                        // what waits for a connection goes now
-}
+  live() {
+    if (this.isLive) return;
+    this.isLive = true;
+    clearTimeout(this.timer);
+    this.timer = 0;
+    this.show('live');
+    outbox.connected(true);
+  },
 
-function setDown() {
-  liveSince = 0;
-  graceTimer ||= setTimeout(showLoss, GRACE);
-}
+  lose() {
+    this.isLive = false;
+    outbox.connected(false);
+    this.timer = this.timer || setTimeout(() => this.showLoss(), GRACE);
+  },
 
-const showLoss = () => showState(navigator.onLine ? 'reconnecting' : 'offline');
+  showLoss() {
+    this.show(navigator.onLine ? 'reconnecting' : 'offline');
+  },
 
-/** Nobody writes at a projector, it only waits. @param {string} state */
-function showState(state) {
-  body.dataset.state = state;
-  status.textContent = T[projector && state !== 'live' ? 'connecting' : state];
-}
+  /** Nobody writes at a projector, it only waits. @param {string} state */
+  show(state) {
+    body.dataset.state = state;
+    status.textContent = T[projector && state !== 'live' ? 'connecting' : state];
+  },
+};
 
-for (const event of ['online', 'offline']) {
-  addEventListener(event, () => /reconnecting|offline/.test(body.dataset.state ?? '') && showLoss());
-}
+on(window, 'online offline', () => /reconnecting|offline/.test(body.dataset.state ?? '') && connection.showLoss());
 
 // ---- sending ----
 
-/** Messages on their way, in the order in which they were written. @type {Letter[]} */
-const outbox = [];
-/** Rows of those that have come back, to go when the message itself is put in. @type {any[]} */
-const delivered = [];
-let posting = false;
-let pauseTimer = 0, tries = 0;      // after an answer that was none
-let lostAt = 0;                     // when a gap came: the events of letters tried before it may be lost
-
-/** Draft and outbox live in this tab's storage, under the name they were written with. */
-function save() {
-  const letters = outbox.filter((m) => m.state !== 'sent')
-    .map(({ id, text, at, state }) => ({ id, text, at, state }));
-  try {
-    sessionStorage.setItem('chat', JSON.stringify({ name: me, draft: box.value, letters }));
-  } catch { /* full or forbidden: the page works without */ }
-}
-
-function restore() {
-  let kept = { name: '', draft: '', letters: [] };
-  try {
-    kept = JSON.parse(sessionStorage.getItem('chat') ?? '') ?? kept;
-  } catch { /* nothing there */ }
-  if (kept.name !== me) kept = { name: me, draft: '', letters: [] };
-  const early = box.value;          // typed before this script was here
-  write(early === kept.draft ? early : kept.draft + early); // before the letters: it saves
-  for (const letter of kept.letters) queueLetter(letter);
-}
-
-/** 128 bits, as text. (crypto.randomUUID does not exist on plain http.) */
-function newId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  return Array.from(bytes, (b) => b.toString(16).padStart(2, '0')).join('');
-}
+const outbox = new Outbox({ draw, erase, refuse, miss, login: logIn });
 
 function submit() {
   const text = box.value;
+  if (composer.isComposing) return composer.finish();
   if (!text.trim() || length(text) > MAX) return;
-  queueLetter({ id: newId(), text, at: Date.now(), state: 'waiting' });
-  lastText = text;
-  write('');
-  follow();
-  pump();
+  outbox.write(text);
+  composer.last = text;
+  composer.write('');
+  box.focus();
+  view.follow();
 }
 
-/** @param {Letter} letter */
-function queueLetter(letter) {
-  outbox.push(letter);
-  letter.node = copy('unsent-row');
-  fill(letter.node.querySelector('.text'), letter.text);
-  letter.node.dataset.colour = colour(me);
-  letter.node.classList.toggle('follows', lastWho === me || outbox.length > 1);
-  unsent.append(letter.node);
-  mark(letter, letter.state);
-}
-
-/** Sets a letter's state and says it. @param {Letter} letter @param {string} state */
-function mark(letter, state, fate = state === 'failed' ? T.not_sent : T.sending) {
-  letter.state = state;
-  letter.node.dataset.state = state;
-  letter.node.querySelector('.fate span').textContent = fate;
+/** Shows a letter and what has become of it. @param {Letter} letter @param {number} [seconds] */
+function draw(letter, seconds) {
+  if (!letter.node) place(letter);
+  const { node, state } = letter;
+  node.dataset.state = state;
+  node.querySelector('.fate span').textContent = state === 'deleted' ? T.deleted
+    : state === 'failed' ? letter.as ? say('not_sent_as', letter.as) : T.not_sent
+    : seconds ? say('too_fast', seconds) : T.sending;
   save();
 }
 
-/** Posts what waits, one at a time and in order. */
-async function pump() {
-  const letter = outbox.find((m) => m.state === 'waiting');
-  if (posting || pauseTimer || !letter) return;
-  letter.tried ??= Date.now();
-  posting = true;
-  const tooOld = Date.now() - letter.at > TOO_OLD;
-  const pause = tooOld ? fail(letter) : judge(letter, ...await post(letter));
-  posting = false;
-  pauseTimer = setTimeout(unpause, pause);
+/** @param {Letter} letter */
+function erase(letter) {
+  letter.node.remove();
+  save();
 }
 
-function unpause() {
-  clearTimeout(pauseTimer);
-  pauseTimer = 0;
-  pump();
-}
-
-/** The status, 0 without an answer, and the seconds of Retry-After.
- *  @param {Letter} letter @returns {Promise<[number, number]>} */
-async function post(letter) {
-  const stop = new AbortController();
-  const timer = setTimeout(() => stop.abort(), ANSWER);
-  try {
-    const res = await fetch('/post', { method: 'POST', keepalive: true, redirect: 'manual',
-      headers: { 'Idempotency-Key': letter.id }, signal: stop.signal,
-      body: new URLSearchParams({ message: letter.text }) });
-    return [res.status, Number(res.headers.get('Retry-After')) || 0];
-  } catch {
-    return [0, 0];
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-/** What an answer means for a letter; returns the ms to wait before the next POST.
- *  @param {Letter} letter @param {number} code @param {number} seconds */
-function judge(letter, code, seconds) {
-  if (code === 204 || !outbox.includes(letter)) return sent(letter);
-  if (code === 401) return toLogin();
-  if (code === 413 || code === 422) return giveBack(letter);
-  if (code >= 400 && code < 500 && code !== 429) return fail(letter);
-  const live = liveSince && Date.now() - Math.max(liveSince, letter.tried ?? 0);
-  if (live > TRY_FOR) return fail(letter);
-  const pause = Math.max(seconds, 2 ** Math.min(tries++, 3)) * (1 + Math.random() / 4);
-  if (code === 429) mark(letter, 'waiting', say('too_fast', Math.ceil(pause)));
-  return pause * 1000;
-}
-
-/** It is in the room; its row stays until the event is here too. @param {Letter} letter */
-function sent(letter) {
-  tries = 0;
-  if (outbox.includes(letter)) mark(letter, 'sent');
-  deliverSent();
-  return 0;
-}
-
-/** Later ones may pass it now. @param {Letter} letter */
-function fail(letter) {
-  tries = 0;
-  mark(letter, 'failed');
-  return 0;
+/** A new letter goes under the log. @param {Letter} letter */
+function place(letter) {
+  const last = log.lastElementChild?.lastElementChild;
+  const node = letter.node = copy('unsent-row');
+  fill(node.querySelector('.text'), letter.text);
+  node.classList.toggle('follows', outbox.letters.length > 1 || last?.matches('.own') && last.dataset.who === me);
+  unsent.append(node);
+  folds.measure();
 }
 
 /** The server will never take it: back to the field with it. @param {Letter} letter */
-function giveBack(letter) {
-  remove(letter);
-  letter.node.remove();
+function refuse(letter) {
   const end = box.value.length;     // the cursor stays with who is writing
   box.setRangeText((end ? '\n' : '') + letter.text, end, end, end ? 'preserve' : 'end');
-  typed();
+  composer.typed();
   if (!send.disabled) notice.textContent = T.refused;
-  return 0;
 }
 
-/** @param {Letter} letter */
-function remove(letter) {
-  outbox.splice(outbox.indexOf(letter), 1);
-  save();
-}
-
-/** The event with a letter's id is here. @param {Told} e */
-function deliver(e) {
-  const letter = outbox.find((m) => m.id === e.id);
-  if (!letter) return;
-  remove(letter);
-  delivered.push(letter.node);
-  if (!isMine(e)) location.reload(); // the session has another name than this page
-}
-
-/** Events were lost, perhaps those of letters. */
-function lose() {
-  lostAt = Date.now();
-  deliverSent();
-}
-
-/** Shows the letters that are in the room and were tried before the gap, as if their events had come. */
-function deliverSent() {
+/** It is in the room, but its message was lost on the way here. @param {Letter} letter */
+function miss({ key, text }) {
   const time = new Date().toTimeString().slice(0, 8);
-  for (const { id, text } of outbox.filter((m) => m.state === 'sent' && (m.tried ?? Infinity) <= lostAt)) {
-    arrive({ type: 'message', id, text: `[${time}] ${me}: ${text}` });
-  }
+  arrive({ type: 'message', id: key, text: `[${time}] ${me}: ${text}` });
 }
 
-/** The session has ended. Draft and outbox stay, for the same name. */
-function toLogin() {
-  location.assign('/login');
-  return TRY_FOR;
-}
-
-unsent.addEventListener('click', (/** @type {any} */ { target }) => {
-  const letter = outbox.find((m) => m.state === 'failed' && m.node.contains(target));
+on(unsent, 'click', ({ target }) => {
+  const letter = outbox.letters.find((m) => m.node.contains(target));
   if (!letter || !target.value) return;
-  if (target.value === 'retry') {
-    Object.assign(letter, { at: Date.now(), tried: undefined });
-    mark(letter, 'waiting');
-    pump();
-  } else {
-    remove(letter);
-    letter.node.remove();
-  }
+  if (target.value === 'retry') outbox.retry(letter);
+  if (target.value === 'delete') outbox.delete(letter);
+  if (target.value === 'undo') outbox.undelete(letter);
   box.focus();
 });
 
 // ---- composing ----
 
-let lastText = '';
-
 /** Characters as the server counts them. @param {string} text */
 const length = (text) => [...text].length;
 
-/** @param {string} text */
-function write(text) {
-  box.value = text;
-  typed();
-}
+const composer = {
+  last: '',                         // the text sent last
+  isComposing: false,               // letters are becoming a word
 
-/** After every change of the field. */
-function typed() {
-  const left = MAX - length(box.value);
-  send.disabled = left < 0;
-  notice.textContent = left < 0 ? say('too_long', -left)
-    : left <= MAX - COUNT_FROM ? say('chars_left', left) : '';
-  notice.dataset.state = left < 0 ? 'error' : '';
-  if (!CSS.supports('field-sizing', 'content')) grow();
-  save();
-}
+  /** Sends what the letters become, never the letters: the field loses the focus, the word is there. */
+  finish() {
+    box.addEventListener('compositionend', () => setTimeout(submit), { once: true });
+    box.blur();
+  },
+
+  /** @param {string} text */
+  write(text) {
+    box.value = text;
+    this.typed();
+  },
+
+  /** After every change of the field. */
+  typed() {
+    const left = MAX - length(box.value);
+    send.disabled = left < 0;
+    notice.textContent = left < 0 ? say('too_long', -left)
+      : left <= MAX - COUNT_FROM ? say('chars_left', left) : '';
+    notice.dataset.state = left < 0 ? 'error' : '';
+    if (!CSS.supports('field-sizing', 'content')) grow();
+    save();
+  },
+
+  /** @param {KeyboardEvent} e */
+  key(e) {
+    if (e.isComposing || e.keyCode === 229) return; // this Enter only confirms a word
+    if (e.key === 'Enter' && (e.ctrlKey || e.metaKey || !(e.shiftKey || e.altKey))) {
+      e.preventDefault();
+      submit();
+    } else if (e.key === 'ArrowUp' && !box.value && this.last) {
+      e.preventDefault();
+      this.write(this.last);
+    }
+  },
+
+  start() {
+    restore();
+    on(box, 'keydown', (e) => this.key(e));
+    on(box, 'input', () => this.typed());
+    on(box, 'compositionstart', () => { this.isComposing = true; });
+    on(box, 'compositionend', () => { this.isComposing = false; });
+    on(send, 'mousedown', (e) => this.isComposing || e.preventDefault()); // the keyboard stays
+    on(form, 'submit', (e) => { e.preventDefault(); submit(); });
+    on($('logout'), 'submit', logout);
+    if (matchMedia('(pointer: fine)').matches) box.focus();
+  },
+};
 
 /** As high as its text; CSS knows the limit. */
 function grow() {
@@ -597,33 +733,36 @@ function grow() {
   log.scrollTop = top;        // the log was higher for a moment, which may have moved it
 }
 
-/** @param {KeyboardEvent} e */
-function key(e) {
-  if (e.isComposing || e.keyCode === 229) return; // this Enter only confirms a word
-  if (e.key === 'Enter' && (e.ctrlKey || e.metaKey || !(e.shiftKey || e.altKey))) {
-    e.preventDefault();
-    submit();
-  } else if (e.key === 'ArrowUp' && !box.value && lastText) {
-    e.preventDefault();
-    write(lastText);
-  }
+/** Draft and outbox live in this tab's storage, with the name they were written under. */
+function save() {
+  try {
+    sessionStorage.setItem('chat', JSON.stringify({ name: me, draft: box.value, letters: outbox.unsent() }));
+  } catch { /* full or forbidden: the page works without */ }
 }
 
-function startComposing() {
-  restore();
-  box.addEventListener('keydown', key);
-  box.addEventListener('input', typed);
-  send.addEventListener('mousedown', (/** @type {Event} */ e) => e.preventDefault()); // keyboard stays
-  form.addEventListener('submit', (/** @type {Event} */ e) => { e.preventDefault(); submit(); });
-  $('logout').addEventListener('submit', logout);
-  if (matchMedia('(pointer: fine)').matches) box.focus();
+/** A name is easily typed otherwise: under another one nothing is dropped, nor sent without asking. */
+function restore() {
+  let kept = { name: me, draft: '', letters: [] };
+  try {
+    kept = JSON.parse(sessionStorage.getItem('chat') ?? '') ?? kept;
+  } catch { /* nothing there */ }
+  const early = box.value;          // typed before this script was here
+  composer.write(early === kept.draft ? early : kept.draft + early); // before the letters: it saves
+  const others = kept.name === me ? {} : { state: 'failed', as: kept.name };
+  for (const letter of /** @type {Letter[]} */ (kept.letters)) outbox.take(Object.assign(letter, others));
 }
 
 /** @param {Event} e */
 async function logout(e) {
   e.preventDefault();
-  await fetch('/logout', { method: 'POST', redirect: 'manual' }); // fails: nobody is logged out
+  try {
+    await fetch('/logout', { method: 'POST', redirect: 'manual' });
+  } catch {
+    notice.textContent = T.logout_failed;
+    return;
+  }
   sessionStorage.removeItem('chat');
+  forget();
   tabs?.postMessage('');
   location.assign('/login');
 }
@@ -638,5 +777,5 @@ if (tabs) tabs.onmessage = ({ data }) => {
 };
 tabs?.postMessage(me);
 
-if (form) startComposing();
+if (form) composer.start();
 connect(arrive);

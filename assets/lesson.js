@@ -6,12 +6,12 @@
                       entry with its times and its exact bytes. The open one has no entry yet, so
                       its bytes are counted from the events
      drawing          ten times a second what was counted goes into the page
-     sending          a POST with an id drawn here: the delay is the time until that id arrives
+     sending          a POST with a key drawn here: the delay is the time until that key arrives
      the wire         the newest message once more with fetch, whose answer is seen as it is
      who looks        while nobody looks, or after Break, there is no connection
 
    Nothing is estimated. What was not measured is an empty cell. */
-export {};                    // a module, with names of its own
+import { keep, keyOf, logIn, newKey } from './keys.js';
 
 const WINDOW = 40;            // s on the time line, as its axis in lesson.html says
 const PLOT = 50;              // delays in the plot
@@ -56,7 +56,7 @@ const now = () => performance.now();
 let start = '';
 /** Bytes of the header of an answer. Every answer has the same one. */
 let headBytes = 0;
-/** When the newest messages were sent from here, by their id. @type {Map<string, number>} */
+/** When the newest messages were sent from here, by their key. @type {Map<string, number>} */
 const posted = new Map();
 
 /** A request: times in ms since the page was opened, end is 0 while it is open; the bytes of the
@@ -82,7 +82,7 @@ class Way {
   source = null;
 
   /** @param {string} id @param {string} wait as in ?wait=, '' for a stream
-   *  @param {number} retryBytes of the first line of an answer, which is no event: `retry: 2000`
+   *  @param {number} retryBytes of the first line of an answer, which no event tells: `retry: 2000`
    *  @param {string} name @param {string} about */
   constructor(id, wait, retryBytes, name, about) {
     this.wait = wait;
@@ -103,7 +103,8 @@ class Way {
 
   open() {
     this.close();
-    const query = new URLSearchParams({ ...(this.wait && { wait: this.wait }), after: this.cursor ||= start });
+    this.cursor = this.cursor || start;
+    const query = new URLSearchParams({ ...(this.wait && { wait: this.wait }), after: this.cursor });
     this.source = new EventSource(`/stream?${query}`);
     this.source.onopen = () => this.begin();
     this.source.onerror = () => this.fail();
@@ -121,6 +122,11 @@ class Way {
     this.end();
   }
 
+  /** @returns {Asked | undefined} */
+  get last() {
+    return this.requests[this.requests.length - 1];
+  }
+
   /** The answer to a request has begun. EventSource makes as many as it needs. */
   begin() {
     this.end();
@@ -129,16 +135,17 @@ class Way {
   }
 
   end() {
-    const last = this.requests.at(-1);
-    if (last) last.end ||= now();
+    const { last } = this;
+    if (last) last.end = last.end || now();
   }
 
   /** The answer has ended, as those of polling do. EventSource comes back by itself, but gives up
    *  for good when it is refused. */
   fail() {
     this.end();
-    this.lost ||= !this.wait || this.source?.readyState === EventSource.CLOSED;
-    if (this.source?.readyState === EventSource.CLOSED) this.later();
+    const isOver = this.source?.readyState === EventSource.CLOSED;
+    this.lost = this.lost || !this.wait || isOver;
+    if (isOver) this.later();
   }
 
   /** Comes back after a pause that grows, and that is not the same for a whole class. EventSource
@@ -147,7 +154,7 @@ class Way {
     const refused = this.source;
     const res = await fetch('/stream?wait=0', { method: 'HEAD' }).catch(() => null);
     if (refused !== this.source) return;
-    if (res?.status === 401) return location.assign('/login');
+    if (res?.status === 401) return logIn();
     const asked = Number(res?.headers.get('Retry-After') ?? 0);
     const pause = Math.max(asked, Math.min(15, 2 ** this.refusals++)) * (1 + Math.random() / 2);
     this.timer = setTimeout(() => this.open(), pause * 1000);
@@ -155,8 +162,8 @@ class Way {
 
   /** @param {MessageEvent} e */
   receive(e) {
-    const last = this.requests.at(-1);
-    if (last && !last.exact) last.bytes += frameBytes(e, last.pinged);
+    const { last } = this;
+    if (last && !last.exact) last.bytes += frameBytes(e, last.pinged, this.cursor);
     if (last && e.type === 'ping') last.pinged = true;
     if (last && e.type === 'gap') last.pinged = false;
     if (e.type === 'message') this.arrive(e, last);
@@ -172,7 +179,7 @@ class Way {
     if (by) by.messages++;
     this.newest = [e.data, ...this.newest].slice(0, NEWEST);
     mark(this, 'dot', now());
-    const sent = posted.get(e.lastEventId);
+    const sent = posted.get(keyOf(e.lastEventId));
     if (sent !== undefined) this.delays = [...this.delays, now() - sent].slice(-PLOT);
     if (!this.wait) look(e, this.cursor);
   }
@@ -197,18 +204,20 @@ class Way {
 }
 
 /** The bytes of an event on the wire, as the server writes it. Messages come with their id, and the
- *  first ping of an answer or after a gap. @param {MessageEvent} e @param {boolean} pinged */
-function frameBytes(e, pinged) {
+ *  first ping of an answer or after a gap; a gap may have one.
+ *  @param {MessageEvent} e @param {boolean} pinged @param {string} cursor the id before it */
+function frameBytes(e, pinged, cursor) {
   const named = e.type === 'message' ? '' : `event: ${e.type}\n`;
-  const id = e.type === 'message' || (e.type === 'ping' && !pinged) ? `id: ${e.lastEventId}\n` : '';
+  const hasId = e.type === 'message' || (e.type === 'ping' ? !pinged : e.lastEventId !== cursor);
+  const id = hasId && e.lastEventId ? `id: ${e.lastEventId}\n` : '';
   const data = e.type === 'message' ? `data: ${e.data.replaceAll('\n', '\ndata: ')}` : 'data:';
   return size(`${named}${id}${data}\n\n`);
 }
 
 const all = [
-  new Way('polling', '0', 13, T.lesson_polling, T.lesson_polling_about),
-  new Way('long', '25s', 12, T.lesson_long, T.lesson_long_about),
-  new Way('sse', '', 13, T.lesson_sse, T.lesson_sse_about),
+  new Way('polling', '0', 12, T.lesson_polling, T.lesson_polling_about),
+  new Way('long', '25s', 11, T.lesson_long, T.lesson_long_about),
+  new Way('sse', '', 12, T.lesson_sse, T.lesson_sse_about),
 ];
 
 /* The browser's list of entries is full at 250; those that were read are thrown away. */
@@ -301,7 +310,7 @@ function drawDelays({ cells, delays }) {
   });
   const sorted = [...delays].sort((a, b) => a - b);
   const spread = { n: sorted.length, m: duration((sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2), l: duration(sorted[sorted.length - 1]) };
-  write(cells.spread, sorted.length ? fill(T.lesson_spread, spread) : T.lesson_no_delay);
+  write(cells.spread, !sorted.length ? T.lesson_no_delay : fill(sorted.length > 1 ? T.lesson_spread : T.lesson_spread_one, spread));
 }
 
 function showState() {
@@ -320,25 +329,20 @@ freeze.addEventListener('click', () => {
 
 // ---- sending ----
 
-/** The text in the field and its id, which stays the same until it is in the room. */
-let letter = { text: '', id: '' };
+/** The text in the field and its key, which stays the same until it is in the room. */
+let letter = { text: '', key: '' };
 
-/** 128 bits, as text. (crypto.randomUUID does not exist on plain http.) */
-function newId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  return Array.from(bytes, (b) => b.toString(16).padStart(2, '0')).join('');
-}
-
-/** Sends a text, and tells whether it is in the room. @param {string} text @param {string} id */
-async function post(text, id) {
-  if (!posted.has(id)) posted.set(id, now());
+/** Sends a text, and tells whether it is in the room. @param {string} text @param {string} key */
+async function post(text, key) {
+  if (!posted.has(key)) keep(key);
+  if (!posted.has(key)) posted.set(key, now());
   if (posted.size > PLOT) posted.delete(posted.keys().next().value ?? '');
   const marks = all.map((way) => mark(way, 'post', now()));
-  const res = await fetch('/post', { method: 'POST', headers: { 'Idempotency-Key': id },
+  const res = await fetch('/post', { method: 'POST', headers: { 'Idempotency-Key': key },
     body: new URLSearchParams({ message: text }) }).catch(() => null);
-  if (res?.status === 401) location.assign('/login');
+  if (res?.status === 401) logIn();
   if (res && res.status >= 400 && res.status < 500) { // refused: it was not sent
-    posted.delete(id);
+    posted.delete(key);
     for (const node of marks) node.remove();
   }
   notice.textContent = res?.ok ? '' : refusal(res);
@@ -355,17 +359,17 @@ say.addEventListener('submit', async (/** @type {Event} */ e) => {
   e.preventDefault();
   const text = field.value;
   if (!text.trim()) return field.focus();
-  if (letter.text !== text) letter = { text, id: newId() };
-  const { id } = letter;
-  if (!await post(text, id) || letter.id !== id) return;
-  letter = { text: '', id: '' };
+  if (letter.text !== text) letter = { text, key: newKey() };
+  const { key } = letter;
+  if (!await post(text, key) || letter.key !== key) return;
+  letter = { text: '', key: '' };
   if (field.value === text) field.value = '';
 });
 
 /* At times that have nothing to do with the two seconds of polling. */
 ten.addEventListener('click', async () => {
   ten.disabled = true;
-  for (let i = 1; i <= 10 && await post(`${i}/10`, newId()); i++) await sleep(700 + Math.random() * 800);
+  for (let i = 1; i <= 10 && await post(`${i}/10`, newKey()); i++) await sleep(700 + Math.random() * 800);
   ten.disabled = false;
 });
 
@@ -390,8 +394,11 @@ function showCommands({ lastEventId: id, data }) {
   write(commands.entry, quote(`${id} ${data}`));
 }
 
+/** A long text must not push the page away. @param {string} text */
+const short = (text) => (text.length > WIRE_CHARS ? `${text.slice(0, WIRE_CHARS)}…` : text);
+
 /** As redis-cli wants it. A line break is U+2028 in Redis. @param {string} text */
-const quote = (text) => `"${text.replace(/["\\]/g, '\\$&').replace(/\n/g, '\\xe2\\x80\\xa8')}"`;
+const quote = (text) => `"${short(text).replace(/["\\]/g, '\\$&').replace(/\n/g, '\\xe2\\x80\\xa8')}"`;
 
 /** At most one look a second. */
 async function showWire() {
@@ -413,7 +420,7 @@ async function showWire() {
 async function readWire(after) {
   const headers = { Accept: 'text/event-stream', ...(after && { 'Last-Event-ID': after }) };
   const res = await fetch('/stream?wait=0', { headers, cache: 'no-store' });
-  if (res.status === 401) location.assign('/login');
+  if (res.status === 401) logIn();
   if (!res.ok) throw res;
   const text = await res.text();
   const lines = headLines(res);
@@ -424,7 +431,7 @@ async function readWire(after) {
     .map((line) => `request ${line}`));
   list(answer, [...shortHead(lines).map((line) => `head ${line}`),
     ...shortBody(text.split('\n').slice(0, -1)).map((line) => `body ${line}`)]);
-  return text.match(/^id: (.+)$/gm)?.at(-1)?.slice(4) ?? after;
+  return text.match(/^id: (.+)$/gm)?.pop()?.slice(4) ?? after;
 }
 
 /** The header as it came; fetch gives names in small letters. @param {Response} res */
@@ -443,7 +450,7 @@ function shortHead(lines) {
 
 /** Its first event and its last ones. @param {string[]} lines */
 function shortBody(lines) {
-  const cut = lines.map((line) => (line.length > WIRE_CHARS ? `${line.slice(0, WIRE_CHARS)}…` : line));
+  const cut = lines.map(short);
   if (cut.length <= WIRE_LINES) return cut;
   const more = fill(T.lesson_more_body, { n: cut.length - WIRE_LINES });
   return [...cut.slice(0, 2), more, ...cut.slice(2 - WIRE_LINES)];

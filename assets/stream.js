@@ -64,11 +64,13 @@ export function openStream(after, tell) {
     heard = Date.now();
     quiet = false;
     errors = refusals = 0;
+    // A gap that is no entry of the log names the message before it, which is not its id.
+    const id = e.type === 'gap' && e.lastEventId === cursor ? '' : e.lastEventId;
     cursor = e.lastEventId || cursor;
     // A ping without an id, before any message: the server itself is still waiting for its room.
     const type = e.type === 'ping' && !e.lastEventId ? 'wait' : e.type;
     if (type !== 'wait') isDown = false;
-    tell({ type, id: e.lastEventId, text: e.data });
+    tell({ type, id, text: e.data });
     if (wait === '0' && e.type === 'ping') open('25s'); // short answers pass, streams do not
     else expect(SILENCE);
   }
@@ -160,7 +162,7 @@ function shared(cursor, hear, giveUp) {
   /** @param {object} question */
   const ask = (question) => {
     worker.port.postMessage(question);
-    patience ||= setTimeout(dead, PATIENCE);
+    patience = patience || setTimeout(dead, PATIENCE);
   };
   const close = () => {
     worker.port.postMessage({ bye: true });
@@ -193,7 +195,7 @@ function alone(cursor, hear) {
   /** @type {ReturnType<typeof openStream> | null} */
   let stream = null;
   let answered = false;
-  const take = () => { stream ??= openStream(cursor(), hear); };
+  const take = () => { stream = stream ?? openStream(cursor(), hear); };
   const letGo = () => { stream?.close(); stream = null; };
 
   /** Of two hidden tabs the lower rank keeps its stream. */
@@ -230,7 +232,8 @@ function serve() {
   /** @param {Told} e */
   function tell(e) {
     if (e.type !== 'login' && e.type !== 'wait') lost = e.type === 'down';
-    if (e.type === 'message' || e.type === 'gap') recent.push(e);
+    const last = recent[recent.length - 1]; // a ping that is a place of its own: the newest entry is a gap
+    if (e.type === 'message' || e.type === 'gap' || e.type === 'ping' && e.id !== last?.id) recent.push(e);
     if (recent.length > RECENT) recent.shift();
     for (const port of tabs) port.postMessage([e]);
     if (lost) for (const port of early.keys()) port.postMessage([e]);
@@ -245,7 +248,7 @@ function serve() {
     early.delete(port);
     const now = { type: lost ? 'down' : ready ? 'ping' : 'wait' };
     const back = after !== '' && after !== '0';
-    const at = recent.map((e) => (e.type === 'message' ? e.id : '')).lastIndexOf(after);
+    const at = recent.map((e) => e.id).lastIndexOf(after);
     if (back && ready && at < 0) return port.postMessage([{ type: 'unknown' }]);
     if (back && !ready) early.set(port, after);
     else tabs.add(port);
