@@ -542,14 +542,19 @@ func (r *room) claim(key string) (first <-chan struct{}, release func()) {
 // Then, and not by any clock, the id is nowhere.
 func (r *room) next(c *cursor) news {
 	n := r.log.read(c, r.broker == nil)
-	if n.unknown {
-		final, settled := r.broker.ask(c)
-		if final {
-			return r.log.read(c, true)
-		}
-		n.settled = settled
+	if !n.unknown {
+		return n
 	}
-	return n
+	if c.trip == nil {
+		c.trip = r.broker.ask()
+	}
+	select {
+	case <-c.trip:
+		return r.log.read(c, true)
+	default:
+		n.settled = c.trip
+		return n
+	}
 }
 
 // A Log holds the newest entries of the room, encoded once, in one order. Readers are cursors:
@@ -624,13 +629,13 @@ func (e entry) gap() bool { return e.line == gapLine && e.act() }
 
 // A cursor is the place of one reader. Only its reader uses it.
 type cursor struct {
-	after string // until the place is found: the id that the reader has, "" for a newcomer
-	asked uint64 // the question to Redis about it, 0 for none; see broker.ask
-	ring  *ring  // nil until the place is found
-	pos   uint64 // position to read next
-	told  uint64 // gaps before this position are none to this reader: it came later, or was told
-	goal  uint64 // position behind what there was when it found its place, or was told a gap
-	beats uint64 // of the log, when this last read
+	after string          // until the place is found: the id that the reader has, "" for a newcomer
+	trip  <-chan struct{} // until then: closed when a round trip shows that the id is nowhere
+	ring  *ring           // nil until the place is found
+	pos   uint64          // position to read next
+	told  uint64          // gaps before this position are none to this reader: it came later, or was told
+	goal  uint64          // position behind what there was when it found its place, or was told a gap
+	beats uint64          // of the log, when this last read
 }
 
 // lost is the position of a reader whose place is not in the log.
@@ -650,7 +655,7 @@ type news struct {
 	more    bool            // there is more at once
 	ended   bool            // behind the frames the log ends
 	wake    <-chan struct{} // closed when there may be more
-	settled <-chan struct{} // closed when an unknown place may have been settled; nil without Redis
+	settled <-chan struct{} // closed when an unknown place is settled
 }
 
 // newLog returns a log of which nobody gets anything until it is built.
@@ -2270,13 +2275,12 @@ type broker struct {
 	logf    func(format string, args ...any)
 
 	outgoing chan *post
-	asking   chan struct{} // holds something while there are questions that no round trip answers yet
+	asking   chan struct{} // gets something when somebody asks for a round trip
 
-	mu       sync.Mutex    // guards all below
-	why      error         // the room is away; nil while it is joined
-	asked    uint64        // questions about ids that are not known, so far
-	answered uint64        // so many of them are
-	settled  chan struct{} // closed and replaced when more are
+	mu       sync.Mutex      // guards all below
+	why      error           // why the room is away; nil while it is joined
+	next     chan struct{}   // the round trip that has not begun; nil while nobody asks for one
+	underWay []chan struct{} // those that have; closed when one is over that began after them
 }
 
 // A post is an entry on its way to Redis.
@@ -2294,7 +2298,7 @@ var (
 func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
 	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
 		gotKey: gotKey, log: l, logf: logf, outgoing: make(chan *post), asking: make(chan struct{}, 1),
-		why: errNotJoined, settled: make(chan struct{})}
+		why: errNotJoined}
 }
 
 // run keeps the room joined until ctx ends. It logs changes of state, not attempts.
@@ -2361,40 +2365,42 @@ func (b *broker) whyAway() error {
 	return b.why
 }
 
-// ask asks, once for a cursor, whether the id that it has is on its way, and tells whether that
-// is answered; if not, settled is closed when it may be.
-func (b *broker) ask(c *cursor) (answered bool, settled <-chan struct{}) {
+// ask returns what is closed when a round trip through Redis that begins after now is over. Who ask
+// together share one.
+func (b *broker) ask() <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if c.asked == 0 {
-		b.asked++
-		c.asked = b.asked
+	if b.next == nil {
+		b.next = make(chan struct{})
 		select {
 		case b.asking <- struct{}{}:
 		default:
 		}
 	}
-	return b.answered >= c.asked, b.settled
+	return b.next
 }
 
-// questions returns how many have been asked, which a round trip that begins now answers.
-func (b *broker) questions() uint64 {
+// depart says that a round trip begins. If the stay ends before it is over, the next one counts.
+func (b *broker) depart() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.next != nil {
+		b.underWay, b.next = append(b.underWay, b.next), nil
+	}
 	select {
 	case <-b.asking:
 	default:
 	}
-	return b.asked
 }
 
-// settle answers so many questions: a round trip that began after they were asked is over.
-func (b *broker) settle(questions uint64) {
+// arrive says that it is over: all that anybody can have heard of before it began is here.
+func (b *broker) arrive() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.answered = questions
-	close(b.settled)
-	b.settled = make(chan struct{})
+	for _, trip := range b.underWay {
+		close(trip)
+	}
+	b.underWay = nil
 }
 
 // publish puts the entry into the room and returns when its key has come back, or why that is not
@@ -2666,7 +2672,7 @@ func fromRedis(raw string) string {
 // it owes over 32 MB, or over 8 MB for a minute, and a list can be 64 MB.
 func (b *broker) takeList(c redis.Conn, f *feed) error {
 	for range restoreTries {
-		f.questions = b.questions()
+		b.depart()
 		c.Send("MULTI")
 		c.Send("LRANGE", b.channel+":history", 0, -1)
 		c.Send("PUBLISH", b.channel+":probe", f.word)
@@ -2705,7 +2711,7 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 		_, err = c.Do("UNWATCH")
 		return cmp.Or(err, redis.ErrNil)
 	}
-	f.questions = b.questions()
+	b.depart()
 	c.Send("MULTI")
 	c.Send("DEL", name)
 	for _, e := range items {
@@ -2725,13 +2731,12 @@ const rewritten = "rewritten "
 
 // A feed takes in what Redis brings during one stay: first the list, then the subscription.
 type feed struct {
-	log       *Log
-	channel   string
-	word      string        // what this process publishes to hear it come back
-	seam      string        // what comes before it is in the list or older; "" when it has come
-	echo      chan struct{} // gets something when the word has come back
-	questions uint64        // that the word which is under way answers; used by who publishes
-	length    atomic.Int64  // items that the list has at least, while Redis forgets nothing
+	log     *Log
+	channel string
+	word    string        // what this process publishes to hear it come back
+	seam    string        // what comes before it is in the list or older; "" when it has come
+	echo    chan struct{} // gets something when the word has come back
+	length  atomic.Int64  // items that the list has at least, while Redis forgets nothing
 
 	id string // announces the next line
 
@@ -2901,7 +2906,7 @@ func (b *broker) tend(pub redis.Conn, f *feed, broken <-chan error) error {
 			continue
 		case <-f.echo:
 			underWay = false
-			b.settle(f.questions)
+			b.arrive()
 			b.setJoined()
 			timer.Reset(syncEvery)
 			continue
@@ -2927,7 +2932,7 @@ func (b *broker) tend(pub redis.Conn, f *feed, broken <-chan error) error {
 // one connection, a proxy may end.
 func (b *broker) sync(c redis.Conn, f *feed) error {
 	least := f.least()
-	f.questions = b.questions()
+	b.depart()
 	c.Send("MULTI")
 	c.Send("LTRIM", b.channel+":history", -listSize(f.log.size), -1)
 	c.Send("LLEN", b.channel+":history")

@@ -1098,7 +1098,7 @@ func watch(t *testing.T, st *stream, limit time.Duration) (got []string) {
 func from(id string) cursor { return cursor{after: id} }
 
 func TestStreamInTime(t *testing.T) {
-	settles := func(r *room) { r.broker.settle(r.broker.questions()) }
+	settles := func(r *room) { r.broker.depart(); r.broker.arrive() }
 	for _, test := range []struct {
 		name  string
 		st    stream
@@ -1149,7 +1149,7 @@ func TestStreamInTime(t *testing.T) {
 			},
 			want: []string{"0s wait", "1s line 10", "1s ping"}},
 		{name: "a round trip that began before it came says nothing", st: stream{at: from(testID(9))}, redis: true, limit: 3 * time.Second,
-			act:  func(r *room) { time.Sleep(time.Second); r.broker.settle(0) },
+			act:  func(r *room) { time.Sleep(time.Second); r.broker.arrive() },
 			want: []string{"0s wait"}},
 		{name: "what cannot be an id is a gap at once", st: stream{at: from("x")}, redis: true, limit: time.Second,
 			want: []string{"0s gap", "0s line 0", "0s line 1", "0s ping"}},
@@ -1712,7 +1712,7 @@ func (p *modelProcess) readList() {
 	if p.f == nil {
 		p.f = newFeed(p.room.log, "chat")
 	}
-	p.f.questions = p.room.broker.questions()
+	p.room.broker.depart()
 	list, raw := p.parsed(), len(p.list)
 	p.publish("chat:probe", p.f.word)
 	if p.f.take(list, raw) {
@@ -1727,7 +1727,7 @@ func (p *modelProcess) readList() {
 }
 
 func (p *modelProcess) writeList(faults bool) {
-	p.f.questions = p.room.broker.questions()
+	p.room.broker.depart()
 	p.list = nil
 	for _, e := range p.items {
 		p.list = append(p.list, e.id+" "+e.line)
@@ -1751,7 +1751,7 @@ func (p *modelProcess) follow() {
 	b := p.room.broker
 	if !p.underWay && (len(b.asking) > 0 || p.IntN(20) == 0) {
 		least := p.f.least()
-		p.f.questions = b.questions()
+		b.depart()
 		p.trim()
 		length := int64(len(p.list))
 		p.publish("chat:probe", p.f.word)
@@ -1774,7 +1774,7 @@ func (p *modelProcess) follow() {
 		if len(p.f.echo) > 0 {
 			<-p.f.echo
 			p.underWay = false
-			b.settle(p.f.questions)
+			b.arrive()
 			b.setJoined()
 		}
 	}
@@ -1902,7 +1902,7 @@ func (r *modelReader) poll() {
 	ahead := r.cur
 	n := r.to.next(&ahead)
 	if n.unknown {
-		r.cur.asked = ahead.asked
+		r.cur.trip = ahead.trip
 		return
 	}
 	conn := &modelConn{}
