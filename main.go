@@ -1109,14 +1109,19 @@ func (k *signer) verify(value string, now time.Time) (s session, ok bool) {
 	if dot < 0 || !hmac.Equal([]byte(k.mac(value[:dot])), []byte(value[dot+1:])) {
 		return s, false
 	}
-	part := strings.Split(value[:dot], ".")
-	if len(part) != 4 || part[0] != "v1" {
-		return s, false
+	s, ok = parseSession(value)
+	return s, ok && now.Before(s.expires)
+}
+
+// parseSession returns what a cookie's value says, true or not.
+func parseSession(value string) (session, bool) {
+	part := strings.Split(value, ".")
+	if len(part) != 5 || part[0] != "v1" {
+		return session{}, false
 	}
 	expires, err := strconv.ParseInt(part[1], 10, 64)
 	name, err2 := base64.RawURLEncoding.DecodeString(part[3])
-	s = session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}
-	return s, err == nil && err2 == nil && now.Before(s.expires)
+	return session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}, err == nil && err2 == nil
 }
 
 // young tells whether the key was drawn so lately that an older one may yet turn out to be the
@@ -1690,32 +1695,28 @@ func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
 		unavailable(w, cannotTell)
 		return
 	}
-	rememberPage(w, r)
+	rememberPage(w, r.URL.RequestURI())
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
 }
 
-// nextName is the name of the cookie with the page that sent somebody to the login. The pages'
-// script sets it too.
+// nextName is the name of the cookie with the page that sent somebody to the login, which leads back
+// there. The pages' script sets it too.
 const nextName = "chat_next"
 
-// nextPages are the pages that lead back to themselves.
-var nextPages = []string{"/lesson", "/?view=projector"}
-
-func rememberPage(w http.ResponseWriter, r *http.Request) {
-	if page := r.URL.RequestURI(); slices.Contains(nextPages, page) {
+func rememberPage(w http.ResponseWriter, page string) {
+	if page == "/lesson" || page == "/?view=projector" {
 		http.SetCookie(w, &http.Cookie{Name: nextName, Value: url.QueryEscape(page), Path: "/", MaxAge: 600, SameSite: http.SameSiteLaxMode})
 	}
 }
 
 // nextPage is where a login leads, once.
 func nextPage(w http.ResponseWriter, r *http.Request) string {
-	c, err := r.Cookie(nextName)
-	if err != nil {
-		return "/"
-	}
-	http.SetCookie(w, &http.Cookie{Name: nextName, Path: "/", MaxAge: -1})
-	if page, _ := url.QueryUnescape(c.Value); slices.Contains(nextPages, page) {
-		return page
+	if c, err := r.Cookie(nextName); err == nil {
+		http.SetCookie(w, &http.Cookie{Name: nextName, Path: "/", MaxAge: -1})
+		switch page, _ := url.QueryUnescape(c.Value); page {
+		case "/lesson", "/?view=projector":
+			return page
+		}
 	}
 	return "/"
 }
@@ -1815,25 +1816,13 @@ func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
 	sess, who := s.identify(r)
 	reason := ""
 	if who == invalid {
-		sess.name, reason = claimedName(r.Header), "session_over"
+		reason = "session_over"
+		for _, value := range cookieValues(r.Header) { // good enough to fill in a form
+			sess, _ = parseSession(value)
+			sess.name, _ = cleanName(sess.name)
+		}
 	}
 	s.showLogin(w, r, http.StatusOK, sess.name, reason)
-}
-
-// claimedName is the name in a cookie that does not verify: good enough to fill in a form.
-func claimedName(h http.Header) string {
-	for _, value := range cookieValues(h) {
-		part := strings.Split(value, ".")
-		if len(part) != 6 {
-			continue
-		}
-		if name, err := base64.RawURLEncoding.DecodeString(part[4]); err == nil {
-			if clean, reason := cleanName(string(name)); reason == "" {
-				return clean
-			}
-		}
-	}
-	return ""
 }
 
 func (s *server) showLogin(w http.ResponseWriter, r *http.Request, status int, name, reason string) {
