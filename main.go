@@ -35,7 +35,8 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	POST /logout         303, the cookie gone
 	POST /post           message=: 204 when the message is in the room. With an Idempotency-Key
 	                     header (16 to 64 of A-Z a-z 0-9 _ -) the same key is the same message,
-	                     while it is among the newest 4096. Else the first that holds of: 403
+	                     while it is among the newest 4096; Message-Id says the id that it has.
+	                     Else the first that holds of: 403
 	                     from another site's page, 401 no session, 415 not a form, 413 over
 	                     64 KiB, 400 a broken form or key, 422 no text, 413 over 4000 characters,
 	                     429 too fast, 503 not sure that it is in the room
@@ -53,23 +54,26 @@ X-Forwarded-Proto: https makes the cookie Secure.
 
 A message on the stream is
 
-	id: 4VXCQ6ZTJ5MHN3D2KAEWRYB7UF
+	id: 4VXCQ6ZTJ5MHN3D2KAEWRYB7UF~k3x7apqz
 	data: [12:34:56] 小明: 你好
 
-with a data line for each line of the text, and the time of the process. An answer begins with
-retry:, the milliseconds after which to come back. Three more events have a name and empty data:
-ping (up to date, with the id as of which; again after a gap, and without the id after 15 s of
-silence), wait (the id you came with is not known here yet; until it is, a ping only shows that
-the connection lives) and gap (what follows does not join what you had).
+with a data line for each line of the text, and the time of the process. The id is the key, which
+names the message, and a tail that the accepting process draws, so that nobody who posts an old key
+again can move the place of a reader. The first event of an answer has retry:, the milliseconds
+after which to come back. Three more events have a name and empty data: ping (up to date, with the
+id as of which; again after a gap, and without the id after 15 s of silence), wait (the id you came
+with is not known here yet; until it is, a ping only shows that the connection lives) and gap (what
+follows does not join what you had; messages may be missing, and the recent ones come again).
 
 # Redis
 
 	channel chat         the line and nothing else: [12:34:56] 小明: 你好
 	channel chat:id      the id of the line that comes next on chat
-	channel chat:probe   proof that what is published here comes back: a random word of each
-	                     process. "rewritten " before it, or alone, says that the list or the
-	                     key was written back, and the other processes join again
-	list    chat:history id, space, line; the newest 4096, newest last
+	channel chat:probe   every 5 s a word of each process, which shows that what is published
+	                     here comes back. "rewritten " before it says that the list or the key
+	                     was written back, and the other processes join again
+	list    chat:history id, space, line; newest last. 4608 are kept, and the newest 4096 are the
+	                     history. The line !gap says that messages may be missing before it
 	string  chat:key     the key of the cookies: the time it was drawn in 16 hex digits, a dash, a
 	                     random word; of two the older is the room's
 
@@ -78,16 +82,16 @@ What other programs publish on chat is shown too. A line break of the text is U+
 # What is kept
 
 The program writes nothing to disk; Redis may. The newest 4096 messages live in each process, and
-in the Redis list. The browser keeps the cookie chat_session for 30 days: v1, the key's id, expiry,
-a random id of the login, the name (base64url) and a MAC over these, between dots. It is signed,
-not secret.
+in the Redis list. The browser keeps the cookie chat_session for 30 days: v1, expiry, a random id
+of the login, the name (base64url) and a MAC over these, between dots. It is signed, not secret.
 
 # Reading order
 
-The file is told from the outside in: start (run, configure), the log (Log), frames and cleaning
-(encode, clean), sessions (signer), limits (limiter), Redis (broker), the server and its handlers
-(server), the stream (stream.run). The idea is in Log: a message is encoded once, readers are
-positions in one ring, and an id names a message, so whoever has it drops a copy.
+The file is told from the outside in: start (run, configure), the room and its Log, frames and
+cleaning (encode, clean), sessions (signer), limits (limiter), the server and its handlers (server,
+take), the stream (stream.run), and last Redis (reconcile, broker, feed). The idea is in Log: an
+entry is encoded once, readers are positions in one ring, and an id names an entry, so whoever has
+its key drops a copy. The room in memory can be understood without the broker.
 */
 package main
 
