@@ -2302,7 +2302,7 @@ func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(strin
 func (b *broker) run(ctx context.Context) {
 	for pause := time.Duration(0); ; {
 		start := time.Now()
-		err := b.stay(ctx)
+		err := guarded(func() error { return b.stay(ctx) })
 		if ctx.Err() != nil {
 			return
 		}
@@ -2336,8 +2336,29 @@ func (b *broker) setAway(why error) {
 		if op, ok := errors.AsType[*net.OpError](why); was == errNotJoined && ok && op.Op == "dial" {
 			hint = "; start it, or leave -redis out for a room in memory"
 		}
-		b.logf("redis is away, trying again until it answers: %v%s", why, hint)
+		b.logf("redis is away, trying again until it answers: %s%s", inWords(why), hint)
 	}
+}
+
+// inWords is an error for the log. What a server says is quoted, cut, and without the arguments
+// that it may repeat, such as a password or a message.
+func inWords(err error) string {
+	if said, ok := errors.AsType[redis.Error](err); ok {
+		text, _, _ := strings.Cut(string(said), ", with args")
+		return fmt.Sprintf("%.200q", text)
+	}
+	return err.Error()
+}
+
+// guarded runs f. A panic, such as redigo's when an answer has an impossible length, is an error
+// like others.
+func guarded(f func() error) (err error) {
+	defer func() {
+		if what := recover(); what != nil {
+			err = fmt.Errorf("reading what Redis answers: %v", what)
+		}
+	}()
+	return f()
 }
 
 // setJoined notes that messages flow.
@@ -2510,9 +2531,9 @@ func (b *broker) stay(ctx context.Context) error {
 	broken := make(chan error, 1)
 	go func() {
 		defer close(broken)
-		broken <- follow(sub, f)
+		broken <- guarded(func() error { return follow(sub, f) })
 	}()
-	err = b.tend(pub, f, broken)
+	err = guarded(func() error { return b.tend(pub, f, broken) })
 	cancel()
 	for range broken { // the next stay must be the only one to append
 	}
@@ -2529,12 +2550,8 @@ func (b *broker) dial(ctx context.Context, patience time.Duration) (redis.Conn, 
 		context.AfterFunc(ctx, func() { c.Close() })
 		return timelyConn{c, patience}, nil
 	}
-	c, err := redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial),
+	return redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial),
 		redis.DialTLSHandshakeTimeout(redisTimeout))
-	if why, _, echo := strings.Cut(fmt.Sprint(err), ", with args"); echo {
-		err = errors.New(why) // a server that does not know AUTH repeats the password
-	}
-	return c, err
 }
 
 // A timelyConn bounds progress, not the whole: each write may take redisTimeout, and each read must

@@ -11418,3 +11418,36 @@ func BenchmarkResume(b *testing.B) {
 		})
 	}
 }
+
+// A server that answers with a length that cannot be, which makes redigo panic, is a Redis that is
+// away, and repeats nothing unquoted in the log.
+func TestImpossibleAnswer(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				c.Read(make([]byte, 100))
+				io.WriteString(c, "$99999999999999999999\r\n")
+			}()
+		}
+	}()
+	p := startRoom(t, "-redis", l.Addr().String())
+	eventually(t, "it to say so", func() bool { return strings.Contains(p.log.String(), "redis is away") })
+	if status := newClient(t, p.url).get("/login").status; status != 200 {
+		t.Errorf("the room answers %d, want 200", status)
+	}
+	said := redis.Error("ERR unknown command `AUTH`\x1b[2J, with args beginning with: `hunter2`")
+	if got, want := inWords(said), `"ERR unknown command `+"`AUTH`"+`\x1b[2J"`; got != want {
+		t.Errorf("in the log it is %s, want %s", got, want)
+	}
+}
