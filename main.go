@@ -239,8 +239,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	var roomDone sync.WaitGroup
-	roomDone.Go(func() { s.room.run(ctx) })
+	var brokerDone sync.WaitGroup
+	if s.room.broker != nil {
+		brokerDone.Go(func() { s.room.broker.run(ctx) })
+	}
 	srv := s.httpServer(ctx)
 	served := make(chan error, 1)
 	go func() {
@@ -249,7 +251,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	}()
 	<-ctx.Done()
 	s.shutdown(srv)
-	roomDone.Wait()
+	brokerDone.Wait()
 	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
@@ -459,30 +461,20 @@ func cause(err error) error {
 // with one, every process that shares its Redis channel holds the same room.
 type room struct {
 	log    *Log
-	broker *broker // nil: in memory
-
-	mu    sync.Mutex               // guards onWay
-	onWay map[string]chan struct{} // key of a post that is under way → closed when that is over
+	broker *broker  // nil: in memory
+	onWay  sync.Map // key of a post that is under way → channel that is closed when it is over
 }
 
 // newRoom opens the room of a channel. With Redis nobody gets anything from it until the broker,
 // which run starts, has joined.
 func newRoom(cfg *config, logf func(string, ...any), gotKey func(string)) *room {
-	r := &room{log: newLog(ringSize, cfg.history), onWay: map[string]chan struct{}{}}
+	r := &room{log: newLog(ringSize, cfg.history)}
 	if cfg.redis != nil {
 		r.broker = newBroker(cfg, r.log, logf, gotKey)
 	} else {
 		r.log.rebuild(nil, false)
 	}
 	return r
-}
-
-// run keeps the room open until ctx ends.
-func (r *room) run(ctx context.Context) {
-	if r.broker != nil {
-		r.broker.run(ctx)
-	}
-	<-ctx.Done()
 }
 
 // away returns why nothing can be said, nil when it can.
@@ -507,37 +499,20 @@ func (r *room) say(ctx context.Context, key, line string) (id string, err error)
 	}
 	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
-	for {
-		first, release := r.claim(key)
-		if first == nil {
-			defer release()
-			err = r.broker.publish(ctx, e)
-			return r.log.idOf(key), err
-		}
+	over := make(chan struct{})
+	for first, taken := r.onWay.LoadOrStore(key, over); taken; first, taken = r.onWay.LoadOrStore(key, over) {
 		select {
-		case <-first:
+		case <-first.(chan struct{}):
 		case <-ctx.Done():
 			return "", ctx.Err()
 		}
 	}
-}
-
-// claim makes a post the one of its key that is under way, until release; or it returns what is
-// closed when the one before it is over.
-func (r *room) claim(key string) (first <-chan struct{}, release func()) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if before, taken := r.onWay[key]; taken {
-		return before, nil
-	}
-	over := make(chan struct{})
-	r.onWay[key] = over
-	return nil, func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		delete(r.onWay, key)
+	defer func() {
+		r.onWay.Delete(key)
 		close(over)
-	}
+	}()
+	err = r.broker.publish(ctx, e)
+	return r.log.idOf(key), err
 }
 
 // next returns what a reader is to be told next, and moves its cursor behind that. An id that is

@@ -862,7 +862,7 @@ func newTestLog(t testing.TB, history int, lists ...[]entry) *Log {
 }
 
 // inMemory is the room of a log that nobody shares.
-func inMemory(l *Log) *room { return &room{log: l, onWay: map[string]chan struct{}{}} }
+func inMemory(l *Log) *room { return &room{log: l} }
 
 // drain reads to the end of the log and returns what a reader sees there: lines, and "gap".
 func drain(l *Log, c *cursor) (seen []string) {
@@ -1693,7 +1693,7 @@ func (p *modelProcess) step(faults bool) {
 		if !faults || p.IntN(10) == 0 {
 			l := newLog(p.size, p.size)
 			cfg := &config{redis: &url.URL{}, channel: "chat", key: "key"}
-			p.room = &room{log: l, broker: newBroker(cfg, l, func(string, ...any) {}, nil), onWay: map[string]chan struct{}{}}
+			p.room = &room{log: l, broker: newBroker(cfg, l, func(string, ...any) {}, nil)}
 		}
 	case !p.subscribed:
 		p.subscribed = !faults || p.IntN(4) == 0
