@@ -102,6 +102,7 @@ import (
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
 	"embed"
 	"encoding/base64"
 	"encoding/json"
@@ -178,7 +179,8 @@ const (
 	stopTimeout  = 400 * time.Millisecond // what shutdown leaves to answers under way
 
 	confirmTimeout = 2 * time.Second        // from POST to the message coming back
-	redisTimeout   = 2 * time.Second        // dial, one write, and what a read waits for the next byte
+	dialTimeout    = 10 * time.Second       // the name of Redis and all its addresses
+	redisTimeout   = 2 * time.Second        // one write, and what a read waits for the next byte
 	syncEvery      = 5 * time.Second        // between two round trips of our word through Redis
 	syncTimeout    = 2 * time.Second        // within which it must come back,
 	joinTimeout    = 10 * time.Second       // the first time behind all that came with the list
@@ -336,8 +338,10 @@ func (c *config) check() error {
 	if !(c.rate >= 0) || math.IsInf(c.rate, 0) || c.rate > 0 && c.rate < 0.001 {
 		return usagef("-rate wants messages a second, or 0 for no limit, not %v", c.rate)
 	}
-	if strings.HasSuffix(c.channel, ":id") || strings.HasSuffix(c.channel, ":probe") {
-		return usagef("-channel wants a name that does not end like a channel beside another: %q", redact(c.channel))
+	for _, end := range []string{":id", ":probe", ":history", ":key", ":here", ":act", ":state"} {
+		if strings.HasSuffix(c.channel, end) {
+			return usagef("-channel wants a name that does not end like what stands beside a room: %q", redact(c.channel))
+		}
 	}
 	for name, value := range map[string]string{"CHAT_KEY": c.key, "CHAT_PASSWORD": c.password} {
 		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
@@ -361,7 +365,8 @@ func splitAddr(addr string) (host, port string, ok bool) {
 // parseRedis reads the value of -redis. Its errors do not repeat the value, which may hold a
 // password.
 func parseRedis(text string) (*url.URL, error) {
-	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as localhost:6379")
+	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as localhost:6379; " +
+		"/ # ? and %% of a password are written %%2F %%23 %%3F and %%25")
 	if !strings.Contains(text, "://") {
 		host, port, ok := splitAddr(text)
 		if !ok {
@@ -374,10 +379,11 @@ func parseRedis(text string) (*url.URL, error) {
 		return nil, bad
 	}
 	_, _, portOK := splitAddr(u.Host)
-	_, dbErr := strconv.ParseUint(cmp.Or(strings.TrimPrefix(u.Path, "/"), "0"), 10, 16)
-	// A password with an unescaped # or ? ends up in the parts that are not the user's.
-	if u.Port() != "" && !portOK || dbErr != nil || u.RawQuery != "" || u.Fragment != "" {
+	switch db := strings.Trim(u.Path, "/"); {
+	case u.RawQuery != "" || u.Fragment != "" || u.Port() != "" && !portOK:
 		return nil, bad
+	case db != "" && db != "0": // PUBLISH knows no databases: rooms in two of them would mix
+		return nil, usagef("-redis (or REDIS_URL) wants no database; rooms on one Redis are told apart by -channel")
 	}
 	return u, nil
 }
@@ -2247,6 +2253,8 @@ type broker struct {
 
 	mu       sync.Mutex      // guards all below
 	why      error           // why the room is away; nil while it is joined
+	since    time.Time       // when it went away
+	told     map[string]bool // what the log has been told of that
 	next     chan struct{}   // the round trip that has not begun; nil while nobody asks for one
 	underWay []chan struct{} // those that have; closed when one is over that began after them
 }
@@ -2300,27 +2308,64 @@ func nextPause(pause, stayed time.Duration) time.Duration {
 	return min(max(2*pause, minBackoff), maxBackoff)
 }
 
-// setAway notes why the room is away, and says so once.
+// setAway notes why the room is away, and says so, each reason once until it is joined again.
 func (b *broker) setAway(why error) {
 	b.mu.Lock()
-	was := b.why
-	b.why = why
-	b.mu.Unlock()
-	if was == nil || was == errNotJoined {
-		hint := ""
-		if op, ok := errors.AsType[*net.OpError](why); was == errNotJoined && ok && op.Op == "dial" {
+	if b.told == nil {
+		b.since, b.told = time.Now(), map[string]bool{}
+	}
+	words, state, hint := inWords(why), "still away", ""
+	if len(b.told) == 0 {
+		state = "away, trying again until it answers"
+		if op, ok := errors.AsType[*net.OpError](why); b.why == errNotJoined && ok && op.Op == "dial" {
 			hint = "; start it, or leave -redis out for a room in memory"
 		}
-		b.logf("redis is away, trying again until it answers: %s%s", inWords(why), hint)
+	}
+	known := b.told[words]
+	b.why, b.told[words] = why, true
+	b.mu.Unlock()
+	if !known {
+		b.logf("redis is %s: %s%s", state, words, hint)
+	}
+}
+
+// setJoined notes that messages flow.
+func (b *broker) setJoined() {
+	b.mu.Lock()
+	was, after := b.why, ""
+	if b.told != nil {
+		after = fmt.Sprintf(" after %v", time.Since(b.since).Round(100*time.Millisecond))
+	}
+	b.why, b.told = nil, nil
+	b.mu.Unlock()
+	if was != nil {
+		b.logf("redis is joined%s, %d messages held", after, b.log.held())
 	}
 }
 
 // inWords is an error for the log. What a server says is quoted, cut, and without the arguments
 // that it may repeat, such as a password or a message.
 func inWords(err error) string {
-	if said, ok := errors.AsType[redis.Error](err); ok {
-		text, _, _ := strings.Cut(string(said), ", with args")
-		return fmt.Sprintf("%.200q", text)
+	said, _ := errors.AsType[redis.Error](err)
+	text, _, _ := strings.Cut(string(said), ", with args")
+	quoted := fmt.Sprintf("%.200q", text)
+	_, wrongTLS := errors.AsType[tls.RecordHeaderError](err)
+	op, network := errors.AsType[*net.OpError](err)
+	switch {
+	case strings.HasPrefix(text, "MOVED"), strings.HasPrefix(text, "CLUSTER"), strings.HasPrefix(text, "CROSSSLOT"):
+		return "this Redis is a cluster: name the node that has the room, whose keys -channel '{chat}' keeps together: " + quoted
+	case strings.Contains(text, "unknown command"):
+		return "this is a Sentinel, or a Redis without a command that a room needs; name the master, or a proxy that follows it: " + quoted
+	case text != "":
+		return quoted
+	case wrongTLS:
+		return "this port speaks no TLS: it wants redis://"
+	case strings.HasPrefix(err.Error(), "redigo: "):
+		return "that is not Redis, or it wants rediss://"
+	case network && op.Op != "dial" && op.Timeout():
+		return "it does not answer"
+	case network && op.Op != "dial", errors.Is(err, io.EOF):
+		return "it has ended the connection"
 	}
 	return err.Error()
 }
@@ -2334,17 +2379,6 @@ func guarded(f func() error) (err error) {
 		}
 	}()
 	return f()
-}
-
-// setJoined notes that messages flow.
-func (b *broker) setJoined() {
-	b.mu.Lock()
-	was := b.why
-	b.why = nil
-	b.mu.Unlock()
-	if was != nil {
-		b.logf("redis is joined, %d messages held", b.log.held())
-	}
 }
 
 // whyAway returns why the room is away, nil while it is not.
@@ -2518,7 +2552,7 @@ func (b *broker) stay(ctx context.Context) error {
 // dial connects to Redis. The connection is closed when ctx ends, also while it logs in.
 func (b *broker) dial(ctx context.Context, patience time.Duration) (redis.Conn, error) {
 	netDial := func(ctx context.Context, network, addr string) (net.Conn, error) {
-		c, err := (&net.Dialer{Timeout: redisTimeout}).DialContext(ctx, network, addr)
+		c, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, network, addr)
 		if err != nil {
 			return nil, err
 		}
