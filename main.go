@@ -189,6 +189,7 @@ const (
 	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back; see identify
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
+	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room has gone
 
 	spareFiles = 24          // descriptors that connections must leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken
@@ -2948,7 +2949,7 @@ func (b *broker) tend(pub redis.Conn, f *feed, broken <-chan error) error {
 // sync sends the word on a round trip. That it comes back shows that the subscription lives, and
 // that all is here that was published before; that it can be sent, that Redis takes writes. The
 // list's length and the key show that Redis forgot. Sent also in a busy room: what looks idle on
-// one connection, a proxy may end.
+// one connection, a proxy may end. What nobody uses any more expires in Redis.
 func (b *broker) sync(c redis.Conn, f *feed) error {
 	least := f.least()
 	b.depart()
@@ -2956,8 +2957,10 @@ func (b *broker) sync(c redis.Conn, f *feed) error {
 	c.Send("LTRIM", b.channel+":history", -listSize(f.log.size), -1)
 	c.Send("LLEN", b.channel+":history")
 	c.Send("GET", b.channel+":key")
+	c.Send("EXPIRE", b.channel+":history", int(keptFor.Seconds()))
+	c.Send("EXPIRE", b.channel+":key", int(keptFor.Seconds()))
 	c.Send("PUBLISH", b.channel+":probe", f.word)
-	replies, err := commit(c, 4)
+	replies, err := commit(c, 6)
 	if err != nil {
 		return err
 	}
