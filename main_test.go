@@ -33,6 +33,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"iter"
@@ -385,6 +386,7 @@ func TestMain(m *testing.M) {
 	if addr := os.Getenv("CHAT_TEST_LOOP"); addr != "" { // this process is a server of BenchmarkBeside
 		panic(http.ListenAndServe(addr, new(loop)))
 	}
+	flag.Set("test.parallel", "8") // they wait more than they work; the command line may say otherwise
 	code := m.Run()
 	if binaryDir != "" {
 		os.RemoveAll(binaryDir)
@@ -5557,6 +5559,7 @@ type modelProcess struct {
 	log, items []entry // to be written
 	watched    int
 	pending    []modelCommand
+	trips      int // round trips since the last line
 }
 
 // A modelCommand is a post that is on its way to Redis.
@@ -5609,9 +5612,7 @@ func (p *modelProcess) step(faults bool) {
 }
 
 func (p *modelProcess) readList() {
-	if p.f == nil {
-		p.f = newFeed(p.room.log, "chat")
-	}
+	p.f = newFeed(p.room.log, "chat")
 	p.room.broker.depart()
 	list, raw := p.parsed(), len(p.list)
 	p.publish("chat:probe", p.f.word)
@@ -5667,6 +5668,9 @@ func (p *modelProcess) follow() {
 		}
 		msg := p.queue[0]
 		p.queue = p.queue[1:]
+		if msg[0] != "chat:probe" {
+			p.trips = 0
+		}
 		if err := p.f.hear(msg[0], msg[1]); err != nil {
 			p.cut()
 			return
@@ -5674,6 +5678,7 @@ func (p *modelProcess) follow() {
 		if len(p.f.echo) > 0 {
 			<-p.f.echo
 			p.underWay = false
+			p.trips++
 			b.arrive()
 			b.setJoined()
 		}
@@ -5897,7 +5902,7 @@ func (m *model) over() bool { return m.unrest() == "" }
 
 func (m *model) unrest() string {
 	for i, p := range m.processes {
-		if p.room == nil || p.room.away() != nil || len(p.pending) > 0 || len(p.queue) > 0 {
+		if p.room == nil || p.room.away() != nil || len(p.pending) > 0 || len(p.queue) > 0 || p.trips < 2 {
 			return fmt.Sprintf("process %d is not joined or has not read all", i)
 		}
 	}
@@ -6938,28 +6943,22 @@ func startBrowser(t *testing.T, args ...string) *browser {
 	t.Helper()
 	need(t, "chromium", "apt-get install chromium")
 	need(t, "chromedriver", "apt-get install chromium-driver")
-	ctx, cancel := context.WithCancel(context.Background())
-	driver := exec.CommandContext(ctx, "chromedriver", "--port=0")
-	driver.Cancel = func() error { return driver.Process.Signal(os.Interrupt) }
-	driver.WaitDelay = 5 * time.Second
-	out, err := driver.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := driver.Start(); err != nil {
-		t.Fatal(err)
-	}
-	b := &browser{t: t}
+	addr, driver := serve(t, func(addr string) *exec.Cmd {
+		_, port, _ := net.SplitHostPort(addr)
+		return exec.Command("chromedriver", "--port="+port)
+	})
+	b := &browser{t: t, session: "http://" + addr + "/session"}
 	profile, err := os.MkdirTemp("", "chat-browser-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if b.session != "" {
-			try(b, "DELETE", "", nil, new(any))
+		try(b, "DELETE", "", nil, new(any))
+		driver.interrupt()
+		select {
+		case <-driver.ended:
+		case <-time.After(5 * time.Second):
 		}
-		cancel()
-		driver.Wait()
 		for range 50 { // the browser's last process may still be writing
 			if os.RemoveAll(profile) == nil {
 				break
@@ -6967,17 +6966,6 @@ func startBrowser(t *testing.T, args ...string) *browser {
 			time.Sleep(100 * time.Millisecond)
 		}
 	})
-	started := regexp.MustCompile(`successfully on port (\d+)`)
-	for s := bufio.NewScanner(out); s.Scan(); {
-		if m := started.FindStringSubmatch(s.Text()); m != nil {
-			b.session = "http://127.0.0.1:" + m[1] + "/session"
-			break
-		}
-	}
-	go io.Copy(io.Discard, out)
-	if b.session == "" {
-		t.Fatal("chromedriver named no port")
-	}
 	path, _ := exec.LookPath("chromium")
 	options := map[string]any{"binary": path, "args": append([]string{
 		"--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
