@@ -10853,6 +10853,25 @@ func TestShellLines(t *testing.T) {
 	}
 }
 
+// What README.md shows of an answer is one.
+func TestAnswerInReadme(t *testing.T) {
+	t.Parallel()
+	shown := regexp.MustCompile("(?s)```\n\\$ curl 'http://localhost:8989/stream\\?wait=0'\n(.*?)```").FindStringSubmatch(readFile(t, "README.md"))
+	if shown == nil {
+		t.Fatal("README.md shows no answer of /stream?wait=0")
+	}
+	c := newClient(t, startRoom(t).url)
+	c.say("hello from curl")
+	answer := c.get("/stream?wait=0").body
+	alike := func(text string) string {
+		text = regexp.MustCompile(`[A-Z2-7]{26}~[a-z2-7]{8}`).ReplaceAllString(text, "<id>")
+		return regexp.MustCompile(`\d\d:\d\d:\d\d`).ReplaceAllString(text, "<time>")
+	}
+	if want, got := alike(shown[1]), alike(answer); got != want || strings.Count(got, "<id>") != 2 {
+		t.Errorf("an answer is\n%s\nin README.md\n%s", got, want)
+	}
+}
+
 // The number of readers in running.md is the one that the limits give.
 func TestReadersOfALimit(t *testing.T) {
 	_, streams := capacity(1024)
@@ -10884,6 +10903,58 @@ func TestReadmeInChinese(t *testing.T) {
 		slices.Sort(got)
 		if !slices.Equal(slices.Compact(got), slices.Compact(want)) {
 			t.Errorf("%s has the numbers %s, %s %s", names[1], got, names[0], want)
+		}
+	}
+}
+
+// Every link from a document leads to a file that is there, in the archives of a release too, and
+// to a heading that it has; and README.md leads to every document, in its language.
+func TestLinksOfDocuments(t *testing.T) {
+	fences, links := regexp.MustCompile("(?ms)^```.*?^```$"), regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	anchors := func(name string) (all []string) { // as GitHub makes them
+		for _, heading := range allMatches(regexp.MustCompile("(?m)^#+ (.*)$"), fences.ReplaceAllString(readFile(t, name), "")) {
+			heading = regexp.MustCompile(`[^\p{L}\p{M}\p{N}_ -]`).ReplaceAllString(strings.ToLower(heading), "")
+			all = append(all, strings.ReplaceAll(heading, " ", "-"))
+		}
+		return all
+	}
+	archived := allMatches(regexp.MustCompile(`(?m)^ +- src: (\S+)`), readFile(t, ".goreleaser.yml"))
+	var linked [2][]string // from README, by language
+	for _, names := range documents {
+		for lang, name := range names {
+			for _, link := range allMatches(links, fences.ReplaceAllString(readFile(t, name), "")) {
+				file, heading, deep := strings.Cut(link, "#")
+				to := name
+				if file != "" {
+					to = filepath.ToSlash(filepath.Join(filepath.Dir(name), file))
+				}
+				if to == "../../releases" { // of a page that shows a file of the repository
+					continue
+				}
+				if name == documents[0][lang] {
+					linked[lang] = append(linked[lang], to)
+				}
+				if _, err := os.Stat(to); err != nil {
+					t.Errorf("%s links to %s: %v", name, link, err)
+					continue
+				}
+				if deep && !slices.Contains(anchors(to), heading) {
+					t.Errorf("%s links to %s, where the headings are %q", name, link, anchors(to))
+				}
+				if !slices.ContainsFunc(archived, func(pattern string) bool {
+					matches, err := filepath.Match(pattern, filepath.FromSlash(to))
+					return matches && err == nil
+				}) {
+					t.Errorf("%s links to %s, which is not in the archives: %q", name, to, archived)
+				}
+			}
+		}
+	}
+	for _, names := range documents[1:] {
+		for lang, name := range names {
+			if !slices.Contains(linked[lang], name) {
+				t.Errorf("%s does not link to %s", documents[0][lang], name)
+			}
 		}
 	}
 }
