@@ -9527,25 +9527,28 @@ func TestLessonStrings(t *testing.T) {
 
 // ---- documents ----
 
-// documents are README.md and what it leads to.
-func documents(t testing.TB) string {
+// documents are README.md and the files that go on where it ends, with what each is in Chinese.
+var documents = [][2]string{
+	{"README.md", ".github/README.zh-CN.md"},
+	{".github/running.md", ".github/running.zh-CN.md"},
+	{".github/measured.md", ".github/measured.zh-CN.md"},
+}
+
+// documentsText is all of them in English.
+func documentsText(t testing.TB) (text string) {
 	t.Helper()
-	names, _ := filepath.Glob(".github/*.md")
-	all := readFile(t, "README.md")
-	for _, name := range names {
-		if !strings.Contains(name, "zh-CN") {
-			all += readFile(t, name)
-		}
+	for _, names := range documents {
+		text += readFile(t, names[0])
 	}
-	return all
+	return text
 }
 
 // blocks returns what the documents have between fences of this language.
 func blocks(t testing.TB, language string) []string {
 	t.Helper()
-	all := allMatches(regexp.MustCompile("(?ms)^```"+language+"\n(.*?)^```$"), documents(t))
+	all := allMatches(regexp.MustCompile("(?ms)^```"+language+"\n(.*?)^```$"), documentsText(t))
 	if len(all) == 0 {
-		t.Fatalf("README.md has no ```%s", language)
+		t.Fatalf("the documents have no ```%s", language)
 	}
 	return all
 }
@@ -9981,8 +9984,8 @@ func checkFlags(t *testing.T, args string) {
 	}
 }
 
-// Every line of shell in README.md is run, or its flags are read; curl and redis-cli speak to a
-// live room.
+// Every line of shell in the documents is run, or its flags are read; curl and redis-cli speak to
+// a live room.
 func TestShellLines(t *testing.T) {
 	t.Parallel()
 	need(t, "curl", "apt-get install curl")
@@ -10037,53 +10040,129 @@ func TestShellLines(t *testing.T) {
 				}
 			}
 		default:
-			t.Errorf("README.md has %q, and nothing tries it", line)
+			t.Errorf("a document has %q, and nothing tries it", line)
 		}
 	}
-	for _, args := range allMatches(regexp.MustCompile("`\\./chat ([^`]*)`"), readFile(t, "README.md")) {
+	for _, args := range allMatches(regexp.MustCompile("`\\./chat ([^`]*)`"), documentsText(t)) {
 		checkFlags(t, args)
 	}
 	got := said(newClient(t, room.url).poll(""))
 	for _, want := range []string{"anonymous: hello from curl: C++ & 100%41", "anonymous: said once", "小明: hello", "hi"} {
 		if n := len(got) - len(slices.DeleteFunc(slices.Clone(got), func(line string) bool { return line == want })); n != 2 {
-			t.Errorf("after the lines of README.md the room has %q, want %q twice", got, want)
+			t.Errorf("after the lines of the documents the room has %q, want %q twice", got, want)
 		}
 	}
 }
 
-// The number of readers in README.md is the one that the limits give.
+// What README.md shows of an answer is one.
+func TestAnswerInReadme(t *testing.T) {
+	t.Parallel()
+	shown := regexp.MustCompile("(?s)```\n\\$ curl 'http://localhost:8989/stream\\?wait=0'\n(.*?)```").FindStringSubmatch(readFile(t, "README.md"))
+	if shown == nil {
+		t.Fatal("README.md shows no answer of /stream?wait=0")
+	}
+	c := newClient(t, startRoom(t).url)
+	c.say("hello from curl")
+	answer := c.get("/stream?wait=0").body
+	alike := func(text string) string {
+		text = regexp.MustCompile(`[A-Z2-7]{26}~[a-z2-7]{8}`).ReplaceAllString(text, "<id>")
+		return regexp.MustCompile(`\d\d:\d\d:\d\d`).ReplaceAllString(text, "<time>")
+	}
+	if want, got := alike(shown[1]), alike(answer); got != want || strings.Count(got, "<id>") != 2 {
+		t.Errorf("an answer is\n%s\nin README.md\n%s", got, want)
+	}
+}
+
+// The number of readers in running.md is the one that the limits give.
 func TestReadersOfALimit(t *testing.T) {
 	_, streams := capacity(1024)
-	if want := fmt.Sprintf("of 1024 it serves %d readers", streams); !strings.Contains(strings.Join(strings.Fields(readFile(t, "README.md")), " "), want) {
-		t.Errorf("README.md does not say %q", want)
+	if want := fmt.Sprintf("of 1024 it serves %d readers", streams); !strings.Contains(inOneLine(readFile(t, ".github/running.md")), want) {
+		t.Errorf("running.md does not say %q", want)
 	}
 }
 
-// The Chinese README has the same commands, configurations and numbers.
+// inOneLine makes each run of white space a space.
+func inOneLine(text string) string { return strings.Join(strings.Fields(text), " ") }
+
+// Each document in Chinese has the same commands, configurations and numbers.
 func TestReadmeInChinese(t *testing.T) {
-	readme, chinese := readFile(t, "README.md"), readFile(t, ".github/README.zh-CN.md")
-	for what, re := range map[string]string{
-		"blocks":          "(?ms)^```(.*?)^```$",
-		"rows of flags":   "(?m)^\\| (`[^|]+\\|[^|]+)\\|",
-		"headings' ranks": "(?m)^(#+) ",
-	} {
-		want, got := allMatches(regexp.MustCompile(re), readme), allMatches(regexp.MustCompile(re), chinese)
-		if len(want) == 0 || !slices.Equal(got, want) {
-			t.Errorf("%s: README.zh-CN.md has %q, README.md %q", what, got, want)
+	for _, names := range documents {
+		english, chinese := readFile(t, names[0]), readFile(t, names[1])
+		for what, re := range map[string]string{
+			"blocks":          "(?ms)^```(.*?)^```$",
+			"rows of flags":   "(?m)^\\| (`[^|]+\\|[^|]+)\\|",
+			"headings' ranks": "(?m)^(#+) ",
+		} {
+			want, got := allMatches(regexp.MustCompile(re), english), allMatches(regexp.MustCompile(re), chinese)
+			if len(want) == 0 && (what != "rows of flags" || names[0] == "README.md") || !slices.Equal(got, want) {
+				t.Errorf("%s: %s has %q, %s %q", what, names[1], got, names[0], want)
+			}
+		}
+		numbers := regexp.MustCompile(`\b(\d{2,})\b`)
+		want, got := allMatches(numbers, english), allMatches(numbers, chinese)
+		slices.Sort(want)
+		slices.Sort(got)
+		if !slices.Equal(slices.Compact(got), slices.Compact(want)) {
+			t.Errorf("%s has the numbers %s, %s %s", names[1], got, names[0], want)
 		}
 	}
-	numbers := regexp.MustCompile(`\b(\d{2,})\b`)
-	want, got := allMatches(numbers, readme), allMatches(numbers, chinese)
-	slices.Sort(want)
-	slices.Sort(got)
-	if !slices.Equal(slices.Compact(got), slices.Compact(want)) {
-		t.Errorf("README.zh-CN.md has the numbers %s, README.md %s", got, want)
+}
+
+// Every link from a document leads to a file that is there, in the archives of a release too, and
+// to a heading that it has; and README.md leads to every document, in its language.
+func TestLinksOfDocuments(t *testing.T) {
+	fences, links := regexp.MustCompile("(?ms)^```.*?^```$"), regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	anchors := func(name string) (all []string) { // as GitHub makes them
+		for _, heading := range allMatches(regexp.MustCompile("(?m)^#+ (.*)$"), fences.ReplaceAllString(readFile(t, name), "")) {
+			heading = regexp.MustCompile(`[^\p{L}\p{M}\p{N}_ -]`).ReplaceAllString(strings.ToLower(heading), "")
+			all = append(all, strings.ReplaceAll(heading, " ", "-"))
+		}
+		return all
+	}
+	archived := allMatches(regexp.MustCompile(`(?m)^ +- src: (\S+)`), readFile(t, ".goreleaser.yml"))
+	var linked [2][]string // from README, by language
+	for _, names := range documents {
+		for lang, name := range names {
+			for _, link := range allMatches(links, fences.ReplaceAllString(readFile(t, name), "")) {
+				file, heading, deep := strings.Cut(link, "#")
+				to := name
+				if file != "" {
+					to = filepath.ToSlash(filepath.Join(filepath.Dir(name), file))
+				}
+				if to == "../../releases" { // of a page that shows a file of the repository
+					continue
+				}
+				if name == documents[0][lang] {
+					linked[lang] = append(linked[lang], to)
+				}
+				if _, err := os.Stat(to); err != nil {
+					t.Errorf("%s links to %s: %v", name, link, err)
+					continue
+				}
+				if deep && !slices.Contains(anchors(to), heading) {
+					t.Errorf("%s links to %s, where the headings are %q", name, link, anchors(to))
+				}
+				if !slices.ContainsFunc(archived, func(pattern string) bool {
+					matches, err := filepath.Match(pattern, filepath.FromSlash(to))
+					return matches && err == nil
+				}) {
+					t.Errorf("%s links to %s, which is not in the archives: %q", name, to, archived)
+				}
+			}
+		}
+	}
+	for _, names := range documents[1:] {
+		for lang, name := range names {
+			if !slices.Contains(linked[lang], name) {
+				t.Errorf("%s does not link to %s", documents[0][lang], name)
+			}
+		}
 	}
 }
 
-// What the manual in main.go, README.md, -h and the files say must agree.
+// What the manual in main.go, the documents, -h and the files say must agree.
 func TestDocumentsAgree(t *testing.T) {
-	source, readme := readFile(t, "main.go"), readFile(t, "README.md")
+	source, readme, running := readFile(t, "main.go"), readFile(t, "README.md"), readFile(t, ".github/running.md")
 	manual, _, _ := strings.Cut(source, "\npackage main\n")
 	var help bytes.Buffer
 	if err := run(context.Background(), []string{"-h"}, func(string) string { return "" }, &help, io.Discard); err != nil {
@@ -10135,25 +10214,34 @@ func TestDocumentsAgree(t *testing.T) {
 		{"README.md", readme, fmt.Sprintf("%d logins at once and %d a second after that", loginBurst, loginRate)},
 		{"README.md", readme, fmt.Sprintf("%d wrong passwords at once and %s a second after that", guessBurst, words[guessRate])},
 		{"README.md", readme, fmt.Sprintf("over %s to %s seconds", words[retryLow/1000], words[retryHigh/1000])},
-		{"README.md", readme, fmt.Sprintf("come back within %s seconds", words[retryHigh/1000])},
+		{"README.md", readme, fmt.Sprintf("%d messages at once and %d a second after that", floodBurst, floodRate)},
+		{"README.md", readme, fmt.Sprintf("keeps %d entries, of which the newest %d are the history", listSize(ringSize), ringSize)},
+		{"README.md", readme, fmt.Sprintf("older by more than %d messages", ringSize)},
+		{"README.md", readme, fmt.Sprintf("more than %d messages behind the first", listSize(ringSize)-ringSize)},
+		{"README.md", readme, fmt.Sprintf("Every %d s each process sends a word", syncEvery/time.Second)},
+		{"running.md", running, fmt.Sprintf("the newest %d entries, of which %d are the history", listSize(ringSize), ringSize)},
+		{"running.md", running, fmt.Sprintf("a word of each process every %d s", syncEvery/time.Second)},
+		{"running.md", running, fmt.Sprintf("come back within %s seconds", words[retryHigh/1000])},
 		{"README.md", readme, fmt.Sprintf("A `ping` every %d s", heartbeat/time.Second)},
 		{"the manual", manual, fmt.Sprintf("at most %d (default", ringSize)},
 		{"the manual", manual, fmt.Sprintf("after a burst of %d", postBurst)},
-		{"the manual", manual, fmt.Sprintf("among the newest %d.", ringSize)},
+		{"the manual", manual, fmt.Sprintf("while it is among the newest %d;", ringSize)},
 		{"the manual", manual, fmt.Sprintf("413 over %d KiB", maxBody>>10)},
 		{"the manual", manual, fmt.Sprintf("413 over %d characters", maxMessage)},
 		{"the manual", manual, fmt.Sprintf("after %d s of silence", heartbeat/time.Second)},
 		{"the manual", manual, strings.Replace(fmt.Sprintf("at most %v)", maxWait), "1m0s", "a minute", 1)},
-		{"the manual", manual, fmt.Sprintf("the newest %d, newest last", ringSize)},
+		{"the manual", manual, fmt.Sprintf("newest last. %d are kept, and the newest %d are the history", listSize(ringSize), ringSize)},
+		{"the manual", manual, fmt.Sprintf("The newest %d messages live in each process", ringSize)},
+		{"the manual", manual, fmt.Sprintf("every %d s a word of each process", syncEvery/time.Second)},
 		{"the manual", manual, fmt.Sprintf("chat_session for %d days", int(sessionLife.Hours())/24)},
 		{"-h", help.String(), fmt.Sprintf("at most %d (default", ringSize)},
 		{"-h", help.String(), fmt.Sprintf("after a burst of %d;", postBurst)},
 	} {
-		if !strings.Contains(strings.Join(strings.Fields(test.text), " "), test.says) {
+		if !strings.Contains(inOneLine(test.text), test.says) {
 			t.Errorf("%s does not say %q", test.name, test.says)
 		}
 	}
-	if stopTimeout >= time.Second || !strings.Contains(readme, "`SIGTERM` ends it in under a second") {
+	if stopTimeout >= time.Second || !strings.Contains(inOneLine(readme), "`SIGTERM` ends it in under a second") {
 		t.Errorf("README.md does not say that SIGTERM ends it in under a second, or it is %v", stopTimeout)
 	}
 	if script := readFile(t, "assets/chat.js"); !strings.Contains(script, fmt.Sprintf("MAX = %d", maxMessage)) {
