@@ -6898,6 +6898,9 @@ func TestPageText(t *testing.T) {
 		js[any](b, "window.parts = (node) => [...node.childNodes].map((n) => { const pre = n.querySelector?.('pre'); return pre ? ['PRE', pre.dataset.language].filter(Boolean).join(' ') + ':' + pre.textContent : n.nodeName === '#text' ? n.data : n.nodeName + ':' + n.textContent; }).join('|')")
 		b.wait(fmt.Sprintf("%.60q becomes %.60q", c.text, c.want), "$('#log .row:last-child .text') && parts($('#log .row:last-child .text')) === arguments[0]", c.want)
 	}
+	b.checks(
+		check{"code takes the width it needs", "(w => w > 100 && w < 400)($$('#log pre').find((n) => n.textContent === 'int a;').closest('.text').offsetWidth)"},
+	)
 	b.checks(check{"`code` is in monospace", "/mono/i.test(getComputedStyle($('#log code')).fontFamily) && /mono/i.test(getComputedStyle($('#log pre')).fontFamily)"})
 	p.send(frame(id(), "[10:00:00] 李雷: ```go\nfunc main() {\n\tx()\n}\n```"))
 	b.wait("a block", "$('#log .row:last-child pre') && $('#log .row:last-child pre').textContent.startsWith('func')")
@@ -6982,25 +6985,24 @@ func TestPageHostileTexts(t *testing.T) {
 	b := startBrowser(t)
 	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	const messages = 200
-	opens := func(text string) time.Duration {
-		t.Helper()
-		url := startChat(t, "-rate", "0")
+	fill := func(text string) (url string) {
+		url = startChat(t, "CHAT_KEY=the sessions of one room hold in the others", "-rate", "0")
 		say := httpClient(t, url, "Ada")
 		for range messages {
 			say(text)
 		}
 		b.login(url, "小明")
-		least := time.Hour
-		for range 3 {
-			begun := time.Now()
-			b.open(url)
-			b.wait("all are there", "$$('#log .row').length === arguments[0]", messages)
-			b.settle()
-			least = min(least, time.Since(begun))
-		}
-		return least
+		return url
 	}
-	plain := opens(strings.Repeat("word ", maxMessage/5))
+	opens := func(url string) time.Duration {
+		t.Helper()
+		begun := time.Now()
+		b.open(url)
+		b.wait("all are there", "$$('#log .row').length === arguments[0]", messages)
+		b.settle()
+		return time.Since(begun)
+	}
+	plain := fill(strings.Repeat("word ", maxMessage/5))
 	for _, c := range []struct{ what, text string }{
 		{"code, 1333 times", strings.Repeat("`a`", maxMessage/3)},
 		{"code between words, 1000 times", strings.Repeat("`a` ", maxMessage/4)},
@@ -7013,14 +7015,20 @@ func TestPageHostileTexts(t *testing.T) {
 		{"blocks of code", strings.Repeat("```\na\n```\n", maxMessage/10)},
 		{"backticks that nothing closes", strings.Repeat("`a``b", maxMessage/5)},
 	} {
-		took := opens(c.text)
-		t.Logf("%s: %v, %.1f times a plain page's %v", c.what, took, float64(took)/float64(plain), plain)
-		if took > 3*plain {
-			t.Errorf("%s: %v, a page of plain texts %v", c.what, took, plain)
+		url := fill(c.text)
+		ratio, tries := math.Inf(1), 0
+		for ; ratio > 3 && tries < 5; tries++ { // a machine with other work is slow now and then
+			usual := min(opens(plain), opens(plain))
+			ratio = float64(opens(url)) / float64(usual)
+		}
+		t.Logf("%s: %.1f times as long as plain texts, at try %d", c.what, ratio, tries)
+		if ratio > 3 {
+			t.Errorf("%s: %.1f times as long as plain texts", c.what, ratio)
 		}
 		b.checks(
 			check{c.what + " is folded", "$$('.more').length === $$('#log .row').length || $('#log .text').textContent.length < 500"},
-			check{c.what + " has at most 81 pieces, none of them empty", "$$('#log .text').every((n) => n.childNodes.length <= 82 && [...n.childNodes].every((c) => c.textContent || c.className === 'rest'))"},
+			check{c.what + " has at most 81 pieces, none of them empty", "$$('#log .text').every((n) => n.childNodes.length <= 82 && [...n.childNodes].every((c) => c.textContent || c.localName === 'span'))"},
+			check{c.what + ": no more is laid out than what is seen, or little", "$('#log .text').scrollHeight <= 1.6 * $('#log .text').clientHeight"},
 			check{c.what + " stays inside its row", "$('#log .row').getBoundingClientRect().height < 500 && /clip|hidden/.test(getComputedStyle($('#log .text')).overflowY)"},
 		)
 	}
@@ -8203,6 +8211,14 @@ func TestPageOwn(t *testing.T) {
 	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
 	b.hasText("from the first tab")
 	b.checks(check{"and of what is sent while it is open", own("from the first tab")})
+	js[any](b, "hide(true)")
+	b.toTab(first)
+	b.say("from the first tab again")
+	b.hasText("from the first tab again")
+	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
+	js[any](b, "hide(false)")
+	b.hasText("from the first tab again")
+	b.checks(check{"which does not count as unread", "!$('[data-new]') && document.title === 'Chat room'"})
 	b.open(p.url() + "/?view=projector")
 	b.hasText("from the first tab")
 	b.checks(check{"on a wall nothing is anybody's own", "!$('.own')"})
