@@ -589,11 +589,12 @@ const connection = {
   /** Nobody writes at a projector, it only waits. @param {string} state */
   show(state) {
     body.dataset.state = state;
+    body.classList.toggle('lost', state !== 'live');
     status.textContent = T[projector && state !== 'live' ? 'connecting' : state];
   },
 };
 
-on(window, 'online offline', () => /reconnecting|offline/.test(body.dataset.state ?? '') && connection.showLoss());
+on(window, 'online offline', () => body.matches('.lost') && connection.showLoss());
 
 // ---- sending ----
 
