@@ -7168,7 +7168,8 @@ func TestPageFaults(t *testing.T) {
 	b.say("deleted")
 	b.wait("it failed", "$('#unsent [data-state=failed]')")
 	b.click("#unsent [value=delete]")
-	b.checks(check{"Delete can be undone", "$('#unsent [data-state=deleted] .fate').innerText.replace(/\\s+/g, ' ') === 'Deleted Undo'"})
+	b.checks(check{"Delete can be undone", "$('#unsent [data-state=deleted] .fate').innerText.replace(/\\s+/g, ' ') === 'Deleted Undo'"},
+		check{"but does not come again with a reload", "!JSON.parse(sessionStorage.getItem('chat')).letters.length"})
 	b.click("#unsent [value=undo]")
 	b.checks(check{"it is as it was", "$('#unsent [data-state=failed]') && seen($('#unsent [value=retry]'))"})
 	b.click("#unsent [value=delete]")

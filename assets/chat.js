@@ -711,7 +711,7 @@ const composer = {
     on(box, 'input', () => this.typed());
     on(box, 'compositionstart', () => { this.isComposing = true; });
     on(box, 'compositionend', () => { this.isComposing = false; });
-    on(send, 'mousedown', (e) => this.isComposing || e.preventDefault()); // the keyboard stays
+    on(send, 'mousedown', (e) => e.preventDefault()); // the keyboard stays
     on(form, 'submit', (e) => { e.preventDefault(); submit(); });
     on($('logout'), 'submit', logout);
     if (matchMedia('(pointer: fine)').matches) box.focus();
