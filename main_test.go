@@ -7312,6 +7312,9 @@ func TestPageText(t *testing.T) {
 		js[any](b, "window.parts = (node) => [...node.childNodes].map((n) => { const pre = n.querySelector?.('pre'); return pre ? ['PRE', pre.dataset.language].filter(Boolean).join(' ') + ':' + pre.textContent : n.nodeName === '#text' ? n.data : n.nodeName + ':' + n.textContent; }).join('|')")
 		b.wait(fmt.Sprintf("%.60q becomes %.60q", c.text, c.want), "$('#log .row:last-child .text') && parts($('#log .row:last-child .text')) === arguments[0]", c.want)
 	}
+	b.checks(
+		check{"code takes the width it needs", "(w => w > 100 && w < 400)($$('#log pre').find((n) => n.textContent === 'int a;').closest('.text').offsetWidth)"},
+	)
 	b.checks(check{"`code` is in monospace", "/mono/i.test(getComputedStyle($('#log code')).fontFamily) && /mono/i.test(getComputedStyle($('#log pre')).fontFamily)"})
 	p.send(frame(id(), "[10:00:00] 李雷: ```go\nfunc main() {\n\tx()\n}\n```"))
 	b.wait("a block", "$('#log .row:last-child pre') && $('#log .row:last-child pre').textContent.startsWith('func')")
@@ -7396,25 +7399,24 @@ func TestPageHostileTexts(t *testing.T) {
 	b := startBrowser(t)
 	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	const messages = 200
-	opens := func(text string) time.Duration {
-		t.Helper()
-		url := startChat(t, "-rate", "0")
+	fill := func(text string) (url string) {
+		url = startChat(t, "CHAT_KEY=the sessions of one room hold in the others", "-rate", "0")
 		say := httpClient(t, url, "Ada")
 		for range messages {
 			say(text)
 		}
 		b.login(url, "小明")
-		least := time.Hour
-		for range 3 {
-			begun := time.Now()
-			b.open(url)
-			b.wait("all are there", "$$('#log .row').length === arguments[0]", messages)
-			b.settle()
-			least = min(least, time.Since(begun))
-		}
-		return least
+		return url
 	}
-	plain := opens(strings.Repeat("word ", maxMessage/5))
+	opens := func(url string) time.Duration {
+		t.Helper()
+		begun := time.Now()
+		b.open(url)
+		b.wait("all are there", "$$('#log .row').length === arguments[0]", messages)
+		b.settle()
+		return time.Since(begun)
+	}
+	plain := fill(strings.Repeat("word ", maxMessage/5))
 	for _, c := range []struct{ what, text string }{
 		{"code, 1333 times", strings.Repeat("`a`", maxMessage/3)},
 		{"code between words, 1000 times", strings.Repeat("`a` ", maxMessage/4)},
@@ -7427,14 +7429,20 @@ func TestPageHostileTexts(t *testing.T) {
 		{"blocks of code", strings.Repeat("```\na\n```\n", maxMessage/10)},
 		{"backticks that nothing closes", strings.Repeat("`a``b", maxMessage/5)},
 	} {
-		took := opens(c.text)
-		t.Logf("%s: %v, %.1f times a plain page's %v", c.what, took, float64(took)/float64(plain), plain)
-		if took > 3*plain {
-			t.Errorf("%s: %v, a page of plain texts %v", c.what, took, plain)
+		url := fill(c.text)
+		ratio, tries := math.Inf(1), 0
+		for ; ratio > 3 && tries < 5; tries++ { // a machine with other work is slow now and then
+			usual := min(opens(plain), opens(plain))
+			ratio = float64(opens(url)) / float64(usual)
+		}
+		t.Logf("%s: %.1f times as long as plain texts, at try %d", c.what, ratio, tries)
+		if ratio > 3 {
+			t.Errorf("%s: %.1f times as long as plain texts", c.what, ratio)
 		}
 		b.checks(
 			check{c.what + " is folded", "$$('.more').length === $$('#log .row').length || $('#log .text').textContent.length < 500"},
-			check{c.what + " has at most 81 pieces, none of them empty", "$$('#log .text').every((n) => n.childNodes.length <= 82 && [...n.childNodes].every((c) => c.textContent || c.className === 'rest'))"},
+			check{c.what + " has at most 81 pieces, none of them empty", "$$('#log .text').every((n) => n.childNodes.length <= 82 && [...n.childNodes].every((c) => c.textContent || c.localName === 'span'))"},
+			check{c.what + ": no more is laid out than what is seen, or little", "$('#log .text').scrollHeight <= 1.6 * $('#log .text').clientHeight"},
 			check{c.what + " stays inside its row", "$('#log .row').getBoundingClientRect().height < 500 && /clip|hidden/.test(getComputedStyle($('#log .text')).overflowY)"},
 		)
 	}
@@ -7529,17 +7537,21 @@ func TestPageFaults(t *testing.T) {
 	for _, status := range []int{503, 429, 200} {
 		fault(status)
 		text := fmt.Sprintf("after %d", status)
-		p.set(func() { p.keys = nil })
+		var before []string
+		p.set(func() { before = slices.Clone(p.keys) })
+		isNew := func(key string) bool { return !slices.Contains(before, key) } // the browser itself may repeat an old one
 		b.say(text)
-		p.until("it is refused", func() bool { return len(p.keys) > 0 })
+		p.until("it is refused", func() bool { return slices.ContainsFunc(p.keys, isNew) })
 		b.checks(check{"a refusal leaves it waiting", "$('#unsent .row[data-state=waiting]')"})
 		if status == 429 {
 			b.checks(check{"too fast says how long to wait", `/^Too fast\. Wait \d s\.$/.test($('#unsent .fate span').textContent)`})
 		}
 		fault(0)
 		once(text)
-		if tries, messages := p.posts(); messages != 1 || tries < 2 {
-			t.Errorf("a message that is refused first: %d POSTs with %d different keys", tries, messages)
+		var keys []string
+		p.set(func() { keys = slices.DeleteFunc(slices.Clone(p.keys), func(key string) bool { return !isNew(key) }) })
+		if len(keys) < 2 || len(slices.Compact(slices.Sorted(slices.Values(keys)))) != 1 {
+			t.Errorf("a message that is refused first is posted with the keys %q", keys)
 		}
 	}
 
@@ -7574,7 +7586,8 @@ func TestPageFaults(t *testing.T) {
 	b.say("deleted")
 	b.wait("it failed", "$('#unsent [data-state=failed]')")
 	b.click("#unsent [value=delete]")
-	b.checks(check{"Delete can be undone", "$('#unsent [data-state=deleted] .fate').innerText.replace(/\\s+/g, ' ') === 'Deleted Undo'"})
+	b.checks(check{"Delete can be undone", "$('#unsent [data-state=deleted] .fate').innerText.replace(/\\s+/g, ' ') === 'Deleted Undo'"},
+		check{"but does not come again with a reload", "!JSON.parse(sessionStorage.getItem('chat')).letters.length"})
 	b.click("#unsent [value=undo]")
 	b.checks(check{"it is as it was", "$('#unsent [data-state=failed]') && seen($('#unsent [value=retry]'))"})
 	b.click("#unsent [value=delete]")
@@ -8350,6 +8363,7 @@ func TestPageBusyRoom(t *testing.T) {
 		b.checks(check{what + ": the reader is not pulled back", "bottom() > 100 && $('#log').scrollTop <= before && /^[12]\\d new messages$/.test($('#pill').textContent)"})
 	}
 	stays("the wheel", func() { mouse("mouseWheel", map[string]any{"deltaX": 0, "deltaY": -30, "button": "none"}) })
+	stays("the wheel, when nothing has moved yet", func() { js[any](b, "$('#log').dispatchEvent(new WheelEvent('wheel', { deltaY: -1 }))") })
 	key := func(name string) {
 		js[any](b, "$('#log').focus()")
 		b.keys("#log", name)
@@ -8617,6 +8631,14 @@ func TestPageOwn(t *testing.T) {
 	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
 	b.hasText("from the first tab")
 	b.checks(check{"and of what is sent while it is open", own("from the first tab")})
+	js[any](b, "hide(true)")
+	b.toTab(first)
+	b.say("from the first tab again")
+	b.hasText("from the first tab again")
+	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
+	js[any](b, "hide(false)")
+	b.hasText("from the first tab again")
+	b.checks(check{"which does not count as unread", "!$('[data-new]') && document.title === 'Chat room'"})
 	b.open(p.url() + "/?view=projector")
 	b.hasText("from the first tab")
 	b.checks(check{"on a wall nothing is anybody's own", "!$('.own')"})
