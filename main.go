@@ -111,7 +111,6 @@ import (
 	"fmt"
 	"html/template"
 	"io"
-	"io/fs"
 	"log"
 	"maps"
 	"math"
@@ -234,7 +233,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 			other = ":8991"
 		}
 		return fmt.Errorf("listening on %s: %w; choose another address, such as -addr %s",
-			cfg.addr, cause(err), other)
+			cfg.addr, errors.Unwrap(err), other)
 	}
 	s.urls = roomURLs(ln.Addr())
 	fmt.Fprintf(stdout, "chat: open %s\n", strings.Join(s.urls, " or "))
@@ -276,9 +275,9 @@ type config struct {
 // may hold a password.
 type usageError struct{ error }
 
-func (e usageError) Error() string { return e.error.Error() + " (chat -h lists the flags)" }
-
-func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+func usagef(format string, args ...any) error {
+	return usageError{fmt.Errorf(format+" (chat -h lists the flags)", args...)}
+}
 
 // configure reads flags and environment. It returns nil and no error when the answer was to
 // print the manual or the version.
@@ -416,17 +415,12 @@ func (c *config) trust(text string) error {
 	return c.origins.AddTrustedOrigin(origin)
 }
 
-// redact hides what stands where a URL has user and password.
+// redact hides what may be a password in a URL, and what stands before that.
 func redact(s string) string {
-	at := strings.LastIndexByte(s, '@')
-	if at < 0 {
-		return s
+	if at := strings.LastIndexByte(s, '@'); at >= 0 {
+		return "…" + s[at:]
 	}
-	start := 0
-	if i := strings.Index(s[:at], "//"); i >= 0 {
-		start = i + 2
-	}
-	return s[:start] + "…" + s[at:]
+	return s
 }
 
 // where says in a few words where the room lives.
@@ -439,29 +433,14 @@ func (c *config) where() string {
 }
 
 func versionLine() string {
-	version, commit := "(devel)", ""
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "chat " + version
-	}
-	version = cmp.Or(info.Main.Version, version)
+	info, _ := debug.ReadBuildInfo() // there is one: this is a module
+	line := "chat " + cmp.Or(info.Main.Version, "(devel)")
 	for _, s := range info.Settings {
 		if s.Key == "vcs.revision" {
-			commit = ", commit " + s.Value
+			line += ", commit " + s.Value
 		}
 	}
-	return "chat " + version + commit + ", " + info.GoVersion
-}
-
-// cause strips the address, the system call and the name server from a network error.
-func cause(err error) error {
-	if sys, ok := errors.AsType[*os.SyscallError](err); ok {
-		return sys.Err
-	}
-	if dns, ok := errors.AsType[*net.DNSError](err); ok {
-		return errors.New(dns.Err)
-	}
-	return err
+	return line + ", " + info.GoVersion
 }
 
 // A room is what was said, and the one way to say more. Without a broker it lives in this process;
@@ -1243,7 +1222,6 @@ type server struct {
 
 	pages   *template.Template
 	texts   map[string]map[string]string // language → key → text
-	files   map[string]file              // by name, what /assets/ serves
 	mux     *http.ServeMux
 	process string // which process this is, for the lesson
 
@@ -1303,43 +1281,12 @@ func capacity(files int) (conns, streams int) {
 	return conns, conns - conns/8
 }
 
-// A file is one of the assets, named by its content for the browser's cache.
-type file struct {
-	kind, etag string
-	content    []byte
-}
-
-// loadAssets parses the embedded pages and texts, and reads the files.
-func (s *server) loadAssets() (err error) {
-	// The types are named here because on Windows the system's may be anything.
-	kinds := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-		".svg": "image/svg+xml"}
-	s.pages, err = template.New("").Option("missingkey=error").ParseFS(assets, "assets/*.html")
-	if err != nil {
-		return err
-	}
-	texts, err := assets.ReadFile("assets/strings.json")
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(texts, &s.texts); err != nil {
-		return fmt.Errorf("reading strings.json: %w", err)
-	}
-	names, err := fs.Glob(assets, "assets/*")
-	if err != nil {
-		return err
-	}
-	s.files = map[string]file{}
-	for _, name := range names {
-		content, err := assets.ReadFile(name)
-		if err != nil {
-			return err
-		}
-		if kind, ok := kinds[path.Ext(name)]; ok {
-			s.files[path.Base(name)] = file{kind, fmt.Sprintf(`"%.8x"`, sha256.Sum256(content)), content}
-		}
-	}
-	return nil
+// loadAssets parses the embedded pages and texts.
+func (s *server) loadAssets() error {
+	pages, err := template.New("").Option("missingkey=error").ParseFS(assets, "assets/*.html")
+	texts, err2 := assets.ReadFile("assets/strings.json")
+	s.pages = pages
+	return cmp.Or(err, err2, json.Unmarshal(texts, &s.texts))
 }
 
 // httpServer returns the server with its bounds: each of a request's parts takes bounded time
@@ -2021,18 +1968,22 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// asset serves an embedded file.
+// asset serves an embedded file, named by its content for the browser's cache.
 func (s *server) asset(w http.ResponseWriter, r *http.Request) {
-	f, ok := s.files[r.PathValue("name")]
-	if !ok {
+	name := r.PathValue("name")
+	// The types are named here because on Windows the system's may be anything.
+	kind := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+		".svg": "image/svg+xml"}[path.Ext(name)]
+	content, err := assets.ReadFile("assets/" + name)
+	if err != nil || kind == "" {
 		http.NotFound(w, r)
 		return
 	}
 	protect(w.Header())
-	w.Header().Set("Content-Type", f.kind)
-	w.Header().Set("ETag", f.etag)
+	w.Header().Set("Content-Type", kind)
+	w.Header().Set("ETag", fmt.Sprintf(`"%.8x"`, sha256.Sum256(content)))
 	w.Header().Set("Cache-Control", "no-cache")
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(f.content))
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(content))
 }
 
 // stream answers with events.
