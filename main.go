@@ -111,7 +111,6 @@ import (
 	"fmt"
 	"html/template"
 	"io"
-	"io/fs"
 	"log"
 	"maps"
 	"math"
@@ -234,7 +233,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 			other = ":8991"
 		}
 		return fmt.Errorf("listening on %s: %w; choose another address, such as -addr %s",
-			cfg.addr, cause(err), other)
+			cfg.addr, errors.Unwrap(err), other)
 	}
 	s.urls = roomURLs(ln.Addr())
 	fmt.Fprintf(stdout, "chat: open %s\n", strings.Join(s.urls, " or "))
@@ -276,9 +275,9 @@ type config struct {
 // may hold a password.
 type usageError struct{ error }
 
-func (e usageError) Error() string { return e.error.Error() + " (chat -h lists the flags)" }
-
-func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+func usagef(format string, args ...any) error {
+	return usageError{fmt.Errorf(format+" (chat -h lists the flags)", args...)}
+}
 
 // configure reads flags and environment. It returns nil and no error when the answer was to
 // print the manual or the version.
@@ -416,17 +415,12 @@ func (c *config) trust(text string) error {
 	return c.origins.AddTrustedOrigin(origin)
 }
 
-// redact hides what stands where a URL has user and password.
+// redact hides what may be a password in a URL, and what stands before that.
 func redact(s string) string {
-	at := strings.LastIndexByte(s, '@')
-	if at < 0 {
-		return s
+	if at := strings.LastIndexByte(s, '@'); at >= 0 {
+		return "…" + s[at:]
 	}
-	start := 0
-	if i := strings.Index(s[:at], "//"); i >= 0 {
-		start = i + 2
-	}
-	return s[:start] + "…" + s[at:]
+	return s
 }
 
 // where says in a few words where the room lives.
@@ -439,29 +433,14 @@ func (c *config) where() string {
 }
 
 func versionLine() string {
-	version, commit := "(devel)", ""
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "chat " + version
-	}
-	version = cmp.Or(info.Main.Version, version)
+	info, _ := debug.ReadBuildInfo() // there is one: this is a module
+	line := "chat " + cmp.Or(info.Main.Version, "(devel)")
 	for _, s := range info.Settings {
 		if s.Key == "vcs.revision" {
-			commit = ", commit " + s.Value
+			line += ", commit " + s.Value
 		}
 	}
-	return "chat " + version + commit + ", " + info.GoVersion
-}
-
-// cause strips the address, the system call and the name server from a network error.
-func cause(err error) error {
-	if sys, ok := errors.AsType[*os.SyscallError](err); ok {
-		return sys.Err
-	}
-	if dns, ok := errors.AsType[*net.DNSError](err); ok {
-		return errors.New(dns.Err)
-	}
-	return err
+	return line + ", " + info.GoVersion
 }
 
 // A room is what was said, and the one way to say more. Without a broker it lives in this process;
@@ -1187,41 +1166,41 @@ func (l *limiter) giveBack(key string) {
 type tally struct {
 	logf func(format string, args ...any)
 
-	mu    sync.Mutex                // guards total and whose
-	total map[string]int            // what was refused → how often
-	whose map[string]map[string]int // the same of each, since the log was told; nil while none was
+	mu     sync.Mutex      // guards all below
+	total  map[string]int  // what was refused → how often
+	recent map[refusal]int // the same since the log was told
 }
+
+// A refusal is what was refused, and to whom.
+type refusal struct{ what, whose string }
 
 func (t *tally) add(what, whose string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.whose == nil {
-		t.whose = map[string]map[string]int{}
+	if len(t.recent) == 0 {
+		t.recent = map[refusal]int{}
 		time.AfterFunc(floodPause, t.tell)
 	}
-	if t.whose[what] == nil {
-		t.whose[what] = map[string]int{}
-	}
-	t.whose[what][whose]++
+	t.recent[refusal{what, whose}]++
 	t.total[what]++
 }
 
 // tell tells the log, and counts anew.
 func (t *tally) tell() {
 	t.mu.Lock()
-	recent := t.whose
-	t.whose = nil
+	recent := t.recent
+	t.recent = nil
 	t.mu.Unlock()
-	var parts []string
-	for _, what := range slices.Sorted(maps.Keys(recent)) {
-		sum, most, first := 0, 0, ""
-		for whose, n := range recent[what] {
-			sum += n
-			if n > most {
-				most, first = n, whose
-			}
+	sum, most := map[string]int{}, map[string]string{}
+	for r, n := range recent {
+		sum[r.what] += n
+		if n > recent[refusal{r.what, most[r.what]}] {
+			most[r.what] = r.whose
 		}
-		parts = append(parts, fmt.Sprintf("%d %s (most %s)", sum, what, first))
+	}
+	var parts []string
+	for _, what := range slices.Sorted(maps.Keys(sum)) {
+		parts = append(parts, fmt.Sprintf("%d %s (most %s)", sum[what], what, most[what]))
 	}
 	t.logf("refused in the last minute: %s", strings.Join(parts, ", "))
 }
@@ -1243,7 +1222,6 @@ type server struct {
 
 	pages   *template.Template
 	texts   map[string]map[string]string // language → key → text
-	files   map[string]file              // by name, what /assets/ serves
 	mux     *http.ServeMux
 	process string // which process this is, for the lesson
 
@@ -1303,43 +1281,12 @@ func capacity(files int) (conns, streams int) {
 	return conns, conns - conns/8
 }
 
-// A file is one of the assets, named by its content for the browser's cache.
-type file struct {
-	kind, etag string
-	content    []byte
-}
-
-// loadAssets parses the embedded pages and texts, and reads the files.
-func (s *server) loadAssets() (err error) {
-	// The types are named here because on Windows the system's may be anything.
-	kinds := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-		".svg": "image/svg+xml"}
-	s.pages, err = template.New("").Option("missingkey=error").ParseFS(assets, "assets/*.html")
-	if err != nil {
-		return err
-	}
-	texts, err := assets.ReadFile("assets/strings.json")
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(texts, &s.texts); err != nil {
-		return fmt.Errorf("reading strings.json: %w", err)
-	}
-	names, err := fs.Glob(assets, "assets/*")
-	if err != nil {
-		return err
-	}
-	s.files = map[string]file{}
-	for _, name := range names {
-		content, err := assets.ReadFile(name)
-		if err != nil {
-			return err
-		}
-		if kind, ok := kinds[path.Ext(name)]; ok {
-			s.files[path.Base(name)] = file{kind, fmt.Sprintf(`"%.8x"`, sha256.Sum256(content)), content}
-		}
-	}
-	return nil
+// loadAssets parses the embedded pages and texts.
+func (s *server) loadAssets() error {
+	pages, err := template.New("").Option("missingkey=error").ParseFS(assets, "assets/*.html")
+	texts, err2 := assets.ReadFile("assets/strings.json")
+	s.pages = pages
+	return cmp.Or(err, err2, json.Unmarshal(texts, &s.texts))
 }
 
 // httpServer returns the server with its bounds: each of a request's parts takes bounded time
@@ -1462,14 +1409,14 @@ func protect(h http.Header) {
 	h.Set("Referrer-Policy", "same-origin") // with no-referrer a form's Origin would be null
 }
 
-// unavailable answers 503, with a time to come back at which not everybody does.
+// unavailable answers 503.
 func unavailable(w http.ResponseWriter, why string) {
-	setRetryAfter(w, comeBack())
+	setRetryAfter(w, soon())
 	http.Error(w, why, http.StatusServiceUnavailable)
 }
 
-// comeBack is when to try again what cannot be done now: not everybody at once.
-func comeBack() time.Duration { return time.Duration(1+mathrand.IntN(3)) * time.Second }
+// soon is when to try again what cannot be done now: not everybody at once.
+func soon() time.Duration { return time.Duration(1+mathrand.IntN(3)) * time.Second }
 
 // setRetryAfter says after how many whole seconds to come back.
 func setRetryAfter(w http.ResponseWriter, wait time.Duration) {
@@ -1880,77 +1827,59 @@ func (s *server) post(w http.ResponseWriter, r *http.Request) {
 	if keys, ok := r.Header["Idempotency-Key"]; ok {
 		key = keys[0]
 	}
-	got := s.take(r.Context(), newSender(sess, address(r)), key, form.Get("message"))
-	if got.wait > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(got.seconds()))
+	status, said, wait := s.take(r.Context(), sess, address(r), key, form.Get("message"))
+	if wait > 0 {
+		setRetryAfter(w, wait)
 	}
-	if got.status != http.StatusNoContent {
-		http.Error(w, got.reason, got.status)
+	if status != http.StatusNoContent {
+		http.Error(w, said, status)
 		return
 	}
-	w.Header().Set("Message-Id", got.id)
-	w.WriteHeader(got.status)
+	w.Header().Set("Message-Id", said)
+	w.WriteHeader(status)
 }
 
-// A sender is who posts. Who has no session is named by the address.
-type sender struct{ id, name, address string }
-
-func newSender(sess session, address string) sender {
-	if sess.name == "" {
-		return sender{"from " + address, "anonymous", address}
-	}
-	return sender{sess.id, sess.name, address}
-}
-
-// An outcome is what became of a message: a status of HTTP, and either the id that it has or why it
-// was refused, with a time after which to come back if that helps.
-type outcome struct {
-	status int
-	id     string
-	reason string
-	wait   time.Duration
-}
-
-// seconds is the time to come back, in whole ones.
-func (o outcome) seconds() int { return int(math.Ceil(o.wait.Seconds())) }
-
-// take puts a message into the room, or says why not. The order of the checks is part of the
-// contract. What is refused, or could not be confirmed, costs the sender nothing of the rate.
-func (s *server) take(ctx context.Context, from sender, key, text string) outcome {
+// take puts a message into the room and returns 204 and its id, or another status of HTTP, why not
+// and, if that helps, after how long to come back. The order of the checks is part of the contract.
+// What is refused, or could not be confirmed, costs the sender nothing of the rate.
+func (s *server) take(ctx context.Context, from session, address, key, text string) (
+	status int, said string, wait time.Duration) {
 	if !validKey(key) {
-		return outcome{status: http.StatusBadRequest, reason: "Idempotency-Key wants 16 to 64 of A-Z a-z 0-9 _ -"}
+		return http.StatusBadRequest, "Idempotency-Key wants 16 to 64 of A-Z a-z 0-9 _ -", 0
 	}
 	if !utf8.ValidString(text) || blank(text) {
-		return outcome{status: http.StatusUnprocessableEntity, reason: "message is missing, blank or not UTF-8"}
+		return http.StatusUnprocessableEntity, "message is missing, blank or not UTF-8", 0
 	}
 	text, cut := clean(text, maxMessage)
 	if cut {
-		return outcome{status: http.StatusRequestEntityTooLarge,
-			reason: fmt.Sprintf("message is over %d characters", maxMessage)}
+		return http.StatusRequestEntityTooLarge, fmt.Sprintf("message is over %d characters", maxMessage), 0
 	}
 	if id := s.room.log.idOf(key); id != "" {
-		return outcome{status: http.StatusNoContent, id: id}
+		return http.StatusNoContent, id, 0
+	}
+	if from.name == "" {
+		from = session{id: "from " + address, name: "anonymous"}
 	}
 	now := time.Now()
 	if wait := s.posts.take(from.id, now); wait > 0 {
-		s.refused.add("posts", fmt.Sprintf("by %q, %s", from.name, from.address))
-		return outcome{status: http.StatusTooManyRequests, reason: "too fast", wait: wait}
+		s.refused.add("posts", fmt.Sprintf("by %q, %s", from.name, address))
+		return http.StatusTooManyRequests, "too fast", wait
 	}
-	if wait := s.floods.take(from.address, now); wait > 0 {
+	if wait := s.floods.take(address, now); wait > 0 {
 		s.posts.giveBack(from.id)
-		s.refused.add("posts", "from "+from.address)
-		return outcome{status: http.StatusTooManyRequests, reason: "too much from your address", wait: wait}
+		s.refused.add("posts", "from "+address)
+		return http.StatusTooManyRequests, "too much from your address", wait
 	}
 	id, err := s.room.say(ctx, key, now.Format("[15:04:05] ")+from.name+": "+text)
 	if err != nil {
 		if ctx.Err() == nil { // who hung up may well have posted
 			s.posts.giveBack(from.id)
-			s.floods.giveBack(from.address)
+			s.floods.giveBack(address)
 		}
-		return outcome{status: http.StatusServiceUnavailable, wait: comeBack(),
-			reason: "not sure that the message is in the room; with its Idempotency-Key it is safe to send it again"}
+		return http.StatusServiceUnavailable, "not sure that the message is in the room; " +
+			"with its Idempotency-Key it is safe to send it again", soon()
 	}
-	return outcome{status: http.StatusNoContent, id: id}
+	return http.StatusNoContent, id, 0
 }
 
 func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
@@ -2021,18 +1950,22 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// asset serves an embedded file.
+// asset serves an embedded file, named by its content for the browser's cache.
 func (s *server) asset(w http.ResponseWriter, r *http.Request) {
-	f, ok := s.files[r.PathValue("name")]
-	if !ok {
+	name := r.PathValue("name")
+	// The types are named here because on Windows the system's may be anything.
+	kind := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+		".svg": "image/svg+xml"}[path.Ext(name)]
+	content, err := assets.ReadFile("assets/" + name)
+	if err != nil || kind == "" {
 		http.NotFound(w, r)
 		return
 	}
 	protect(w.Header())
-	w.Header().Set("Content-Type", f.kind)
-	w.Header().Set("ETag", f.etag)
+	w.Header().Set("Content-Type", kind)
+	w.Header().Set("ETag", fmt.Sprintf(`"%.8x"`, sha256.Sum256(content)))
 	w.Header().Set("Cache-Control", "no-cache")
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(f.content))
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(content))
 }
 
 // stream answers with events.
