@@ -57,6 +57,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -4039,9 +4040,35 @@ func TestImpossibleAnswer(t *testing.T) {
 	if status := newClient(t, p.url).get("/login").status; status != 200 {
 		t.Errorf("the room answers %d, want 200", status)
 	}
-	said := redis.Error("ERR unknown command `AUTH`\x1b[2J, with args beginning with: `hunter2`")
-	if got, want := inWords(said), `"ERR unknown command `+"`AUTH`"+`\x1b[2J"`; got != want {
-		t.Errorf("in the log it is %s, want %s", got, want)
+}
+
+// TestInWords: what the log says of why Redis is away. No answer of a server stands there unquoted.
+func TestInWords(t *testing.T) {
+	read := func(err error) error {
+		return &net.OpError{Op: "read", Net: "tcp", Addr: &net.TCPAddr{Port: 6379}, Source: &net.TCPAddr{Port: 4711}, Err: err}
+	}
+	for _, test := range []struct {
+		err  error
+		want string
+	}{
+		{redis.Error("NOAUTH Authentication required."), `"NOAUTH Authentication required."`},
+		{redis.Error("ERR x\x1b[2J\nfake line, with args beginning with: 'hunter2'"), `"ERR x\x1b[2J\nfake line"`},
+		{redis.Error("ERR unknown command 'SET', with args beginning with: 'chat:key' 'secret'"),
+			`this is a Sentinel, or a Redis without a command that a room needs; name the master, or a proxy that follows it: "ERR unknown command 'SET'"`},
+		{redis.Error("MOVED 1234 10.0.0.1:6379"),
+			`this Redis is a cluster: name the node that has the room, whose keys -channel '{chat}' keeps together: "MOVED 1234 10.0.0.1:6379"`},
+		{redis.Error(strings.Repeat("x", 1000)), `"` + strings.Repeat("x", 200) + `"`},
+		{tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}, "this port speaks no TLS: it wants redis://"},
+		{errors.New("redigo: unexpected response line (possible server error or unsupported concurrent read by application)"),
+			"that is not Redis, or it wants rediss://"},
+		{io.EOF, "it has ended the connection"},
+		{read(syscall.ECONNRESET), "it has ended the connection"},
+		{read(os.ErrDeadlineExceeded), "it does not answer"},
+		{&net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}, "dial tcp: connection refused"},
+	} {
+		if got := inWords(test.err); got != test.want {
+			t.Errorf("%v: got %s, want %s", test.err, got, test.want)
+		}
 	}
 }
 
@@ -6941,6 +6968,9 @@ type browser struct {
 // startBrowser starts chromedriver and a Chromium of its own.
 func startBrowser(t *testing.T, args ...string) *browser {
 	t.Helper()
+	if testing.Short() && t.Name() != "TestPageTwoPeople" {
+		t.Skip("takes a browser; one look is enough")
+	}
 	need(t, "chromium", "apt-get install chromium")
 	need(t, "chromedriver", "apt-get install chromium-driver")
 	addr, driver := serve(t, func(addr string) *exec.Cmd {
