@@ -10273,6 +10273,7 @@ func TestDocumentsAgree(t *testing.T) {
 		{"README.md", readme, fmt.Sprintf("Every %d s each process sends a word", syncEvery/time.Second)},
 		{"running.md", running, fmt.Sprintf("the newest %d entries, of which %d are the history", listSize(ringSize), ringSize)},
 		{"running.md", running, fmt.Sprintf("a word of each process every %d s", syncEvery/time.Second)},
+		{"running.md", running, fmt.Sprintf("drops both %d days after the last process", int(keptFor.Hours())/24)},
 		{"running.md", running, fmt.Sprintf("come back within %s seconds", words[retryHigh/1000])},
 		{"README.md", readme, fmt.Sprintf("A `ping` every %d s", heartbeat/time.Second)},
 		{"the manual", manual, fmt.Sprintf("at most %d (default", ringSize)},
