@@ -5675,9 +5675,11 @@ func (p *modelProcess) writeList(faults bool) {
 	p.follows, p.underWay, p.items = true, true, nil
 }
 
+// follow reads some of what came, and begins a round trip often enough for the ring: a Redis that
+// forgot while a process lags shows only until the list is full again.
 func (p *modelProcess) follow() {
 	b := p.room.broker
-	if !p.underWay && (len(b.asking) > 0 || p.IntN(20) == 0) {
+	if !p.underWay && (len(b.asking) > 0 || p.IntN(2+p.size/4) == 0) {
 		least := p.f.least()
 		b.depart()
 		p.trim()
