@@ -920,9 +920,8 @@ func retryLine(low, high int) []byte {
 
 // validKey tells whether s can be an Idempotency-Key.
 func validKey(s string) bool {
-	return len(s) >= 16 && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
-		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '_' || r == '-')
-	})
+	const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	return len(s) >= 16 && len(s) <= 64 && strings.Trim(s, letters+"0123456789_-") == ""
 }
 
 // validID tells whether s can be the id of an entry, so that it may be on its way from Redis.
@@ -937,7 +936,8 @@ func validID(s string) bool {
 // announcedID tells whether s can be the id of an entry that is not a foreign line.
 func announcedID(s string) bool {
 	key, tail, _ := strings.Cut(s, "~")
-	return validKey(key) && len(tail) == 8 && strings.Trim(tail, "abcdefghijklmnopqrstuvwxyz234567") == ""
+	return validKey(key) && len(tail) == 8 &&
+		strings.Trim(tail, "abcdefghijklmnopqrstuvwxyz234567") == ""
 }
 
 // clean returns s as the room shows it: CRLF and whatever ends a line somewhere are line breaks
@@ -1526,7 +1526,8 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if _, tooBig := errors.AsType[*http.MaxBytesError](err); tooBig {
-		http.Error(w, fmt.Sprintf("the form is over %d bytes", maxBody), http.StatusRequestEntityTooLarge)
+		why := fmt.Sprintf("the form is over %d bytes", maxBody)
+		http.Error(w, why, http.StatusRequestEntityTooLarge)
 		return nil, false
 	}
 	if err != nil {
@@ -1536,9 +1537,8 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	form, err := parseForm(string(body))
 	if err != nil {
 		http.Error(w, "the form is broken", http.StatusBadRequest)
-		return nil, false
 	}
-	return form, true
+	return form, err == nil
 }
 
 func parseForm(body string) (url.Values, error) {
@@ -1655,22 +1655,22 @@ func nextPage(w http.ResponseWriter, r *http.Request) string {
 }
 
 // roomURLs lists the addresses at which the room can be opened, the likeliest first.
-func roomURLs(addr net.Addr) []string {
+func roomURLs(addr net.Addr) (urls []string) {
 	tcp := addr.(*net.TCPAddr)
 	hosts := []string{tcp.IP.String()}
 	if tcp.IP.IsUnspecified() {
 		out := ""
 		// Connecting a UDP socket sends nothing; it asks the kernel for a route.
 		if c, err := net.Dial("udp4", "192.0.2.1:9"); err == nil {
-			out, _, _ = net.SplitHostPort(c.LocalAddr().String())
+			out = c.LocalAddr().(*net.UDPAddr).IP.String()
 			c.Close()
 		}
 		hosts = append([]string{"localhost"}, likeliest(ownAddresses(), out, tcp.IP.To4() == nil)...)
 	}
-	for i, host := range hosts {
-		hosts[i] = "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
+	for _, host := range hosts {
+		urls = append(urls, "http://"+net.JoinHostPort(host, strconv.Itoa(tcp.Port)))
 	}
-	return hosts
+	return urls
 }
 
 // An ownAddress is an address of this machine.
@@ -1684,36 +1684,36 @@ type ownAddress struct {
 func ownAddresses() (own []ownAddress) {
 	links, _ := net.Interfaces()
 	for _, link := range links {
-		addrs, _ := link.Addrs()
+		if link.Flags&net.FlagLoopback != 0 || link.Flags&net.FlagRunning == 0 {
+			continue
+		}
 		_, err := os.Stat("/sys/class/net/" + link.Name + "/bridge")
-		bridge := err == nil
+		addrs, _ := link.Addrs()
 		for _, a := range addrs {
-			prefix, err := netip.ParsePrefix(a.String())
-			if err == nil && link.Flags&net.FlagRunning != 0 && !prefix.Addr().IsLoopback() {
-				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, bridge})
+			if prefix, noIP := netip.ParsePrefix(a.String()); noIP == nil {
+				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, err == nil})
 			}
 		}
 	}
 	return own
 }
 
-// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type
-// first: the one that has the way to the rest of the world, then other networks, then bridges
-// and tunnels. What machines give themselves on a switch without DHCP, and IPv6 if the room is
-// open there, is named only where nothing else is.
+// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type first:
+// the one that has the way out, other networks, bridges, tunnels. What machines give themselves on a
+// switch without DHCP, and IPv6 if the room is open there, is named only where nothing else is.
 func likeliest(own []ownAddress, out string, v6 bool) (hosts []string) {
-	own = slices.DeleteFunc(own, func(a ownAddress) bool { return a.ip.Is6() && !(v6 && a.ip.IsGlobalUnicast()) })
 	order := func(a ownAddress) string { // false comes before true
 		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, a.ip.String() != out, a.bridge)
 	}
 	slices.SortStableFunc(own, func(a, b ownAddress) int { return cmp.Compare(order(a), order(b)) })
-	for i, a := range own {
-		if i == 0 || a.ip.Is4() && a.ip.IsGlobalUnicast() {
+	for _, a := range own {
+		usual := a.ip.Is4() && a.ip.IsGlobalUnicast()
+		if usual || hosts == nil && (a.ip.Is4() || v6 && a.ip.IsGlobalUnicast()) {
 			hosts = append(hosts, a.ip.String())
 		}
 	}
-	if len(own) == 0 && out != "" { // Android does not list its links
-		return []string{out}
+	if hosts == nil && out != "" { // Android does not list its links
+		hosts = []string{out}
 	}
 	return hosts
 }
