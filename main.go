@@ -687,14 +687,7 @@ func (l *Log) entries() (all []entry) {
 }
 
 // held returns how many entries there are.
-func (l *Log) held() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.ring == nil {
-		return 0
-	}
-	return int(l.ring.next - l.ring.oldest)
-}
+func (l *Log) held() int { return len(l.entries()) }
 
 // close ends every reader once it has read to the end.
 func (l *Log) close() {
@@ -2245,13 +2238,11 @@ func nextPause(pause, stayed time.Duration) time.Duration {
 // setAway notes why the room is away, and says so, each reason once until it is joined again.
 func (b *broker) setAway(why error) {
 	b.mu.Lock()
-	if b.told == nil {
-		b.since, b.told = time.Now(), map[string]bool{}
-	}
 	words, state, hint := inWords(why), "still away", ""
-	if len(b.told) == 0 {
-		state = "away, trying again until it answers"
-		if op, ok := errors.AsType[*net.OpError](why); b.why == errNotJoined && ok && op.Op == "dial" {
+	if b.told == nil {
+		b.since, b.told, state = time.Now(), map[string]bool{}, "away, trying again until it answers"
+		op, network := errors.AsType[*net.OpError](why)
+		if b.why == errNotJoined && network && op.Op == "dial" {
 			hint = "; start it, or leave -redis out for a room in memory"
 		}
 	}
@@ -2364,32 +2355,27 @@ func (b *broker) arrive() {
 // sure.
 func (b *broker) publish(ctx context.Context, e entry) error {
 	key := keyOf(e.id)
-	if id, _ := b.log.has(key); id != "" {
+	if b.log.idOf(key) != "" {
 		return nil
 	}
 	if why := b.whyAway(); why != nil {
 		return why
 	}
 	p := &post{e, make(chan error, 1)}
-	select {
-	case b.outgoing <- p:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case err := <-p.done:
-		if err != nil {
-			return err
-		}
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	outgoing, sent := b.outgoing, false
 	for {
 		id, wake := b.log.has(key)
-		if id != "" {
+		if id != "" && sent {
 			return nil
 		}
 		select {
+		case outgoing <- p:
+			outgoing = nil
+		case err := <-p.done:
+			if err != nil {
+				return err
+			}
+			sent = true
 		case <-wake:
 		case <-ctx.Done():
 			return ctx.Err()
@@ -2571,26 +2557,32 @@ func (b *broker) subscribe(c redis.Conn) error {
 	return nil
 }
 
-// commit runs a transaction of so many commands and returns their replies.
-func commit(c redis.Conn, want int) ([]any, error) {
-	reply, err := c.Do("EXEC")
-	return results(reply, err, want)
+// commit runs a transaction that was sent but for its EXEC, and returns the replies inside of it.
+func commit(c redis.Conn) ([]any, error) {
+	c.Send("EXEC")
+	replies, err := redis.Values(c.Do("")) // to all that was sent
+	if err != nil {
+		return nil, err
+	}
+	return results(replies)
 }
 
-// results returns the replies inside an EXEC, as many as wanted. An error among them counts as the
-// whole's: Redis runs the other commands all the same. It returns redis.ErrNil when a WATCH made
-// EXEC do nothing.
-func results(reply any, err error, want int) ([]any, error) {
-	replies, err := redis.Values(reply, err)
-	for _, r := range replies {
+// results takes the replies to MULTI, the commands and EXEC, and returns those inside of the EXEC. An
+// error among any counts as the whole's: Redis runs the other commands all the same, and that of a
+// command says more than that EXEC discarded it. It is redis.ErrNil when a WATCH made EXEC do
+// nothing.
+func results(replies []any) ([]any, error) {
+	want := len(replies) - 2
+	inside, err := redis.Values(replies[want+1], nil)
+	for _, r := range slices.Concat(replies, inside) {
 		if e, bad := r.(redis.Error); bad {
 			return nil, e
 		}
 	}
-	if err == nil && len(replies) != want {
-		err = fmt.Errorf("a transaction of %d commands has %d answers", want, len(replies))
+	if err == nil && len(inside) != want {
+		err = fmt.Errorf("a transaction of %d commands has %d answers", want, len(inside))
 	}
-	return replies, err
+	return inside, err
 }
 
 // parseList reads the list's items, and counts all of them. What is not "<id> <line>" is not ours
@@ -2629,7 +2621,7 @@ func (b *broker) takeList(c redis.Conn, f *feed) error {
 		c.Send("MULTI")
 		c.Send("LRANGE", b.channel+":history", 0, -1)
 		c.Send("PUBLISH", b.channel+":probe", f.word)
-		replies, err := commit(c, 2)
+		replies, err := commit(c)
 		if err != nil {
 			return err
 		}
@@ -2671,7 +2663,7 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 		c.Send("RPUSH", name, e.id+" "+toRedis(e.line))
 	}
 	c.Send("PUBLISH", b.channel+":probe", rewritten+f.word)
-	if _, err = commit(c, len(items)+2); err == nil {
+	if _, err = commit(c); err == nil {
 		f.begin(log, rewritten+f.word, len(items), false)
 		b.logf("redis had forgotten; the history was written back, %d messages", len(items))
 	}
@@ -2893,7 +2885,7 @@ func (b *broker) sync(c redis.Conn, f *feed) error {
 	c.Send("EXPIRE", b.channel+":history", int(keptFor.Seconds()))
 	c.Send("EXPIRE", b.channel+":key", int(keptFor.Seconds()))
 	c.Send("PUBLISH", b.channel+":probe", f.word)
-	replies, err := commit(c, 6)
+	replies, err := commit(c)
 	if err != nil {
 		return err
 	}
@@ -2938,16 +2930,17 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
 		c.Send("PUBLISH", b.channel, line)
 		c.Send("EXEC")
 	}
-	if err = c.Flush(); err != nil {
+	replies, err := redis.Values(c.Do(""))
+	if err != nil {
 		return err
 	}
 	forgot := false
-	for len(batch) > 0 {
-		replies, err := receiveExec(c)
+	for one := range slices.Chunk(replies, 6) {
+		inside, err := results(one)
 		if err != nil {
 			return err
 		}
-		if length, _ := replies[0].(int64); length <= least {
+		if length, _ := inside[0].(int64); length <= least {
 			forgot = true
 		}
 		batch[0].done <- nil
@@ -2957,23 +2950,4 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
 		return errForgot
 	}
 	return nil
-}
-
-// receiveExec receives the replies to MULTI, four queued commands and EXEC.
-func receiveExec(c redis.Conn) ([]any, error) {
-	var first error
-	for range 5 {
-		if _, err := c.Receive(); err != nil && first == nil {
-			first = err
-		}
-		if c.Err() != nil {
-			return nil, first
-		}
-	}
-	reply, err := c.Receive()
-	replies, err := results(reply, err, 4)
-	if first != nil {
-		err = first // says more than that the transaction was discarded
-	}
-	return replies, err
 }
