@@ -139,7 +139,7 @@ import (
 )
 
 const (
-	ringSize   = 4096     // entries that the log holds, and those of the Redis list that are history
+	ringSize   = 4096     // entries of the log, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
 	maxName    = 24       // code points of a name
 	maxMarks   = 3        // marks in a row in a name, on one letter
@@ -165,11 +165,11 @@ const (
 	writeTimeout = 30 * time.Second       // for a reader to take one block
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
-	readBuffer   = 4 << 10                // bytes the kernel takes from a reader, who has nothing to say
-	askTimeout   = 2 * time.Second        // how long a poll waits at least for its place to be known
+	readBuffer   = 4 << 10                // bytes it takes from a reader, who has nothing to say
+	askTimeout   = 2 * time.Second        // that a poll waits at least for its place to be known
 	maxWait      = time.Minute            // longest ?wait=
-	maxPoll      = 64 << 10               // bytes after which a long poll ends though there is more
-	retryLow     = 1000                   // ms after which readers of a process that ends come back,
+	maxPoll      = 64 << 10               // bytes after which a long poll ends, too
+	retryLow     = 1000                   // ms after which readers come back when the process ends,
 	retryHigh    = 4000                   // spread up to this
 	pollRetry    = 2000                   // ms between polls
 	longLow      = 200                    // ms between long polls,
@@ -185,15 +185,14 @@ const (
 	joinTimeout    = 10 * time.Second       // the first time behind all that came with the list
 	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
 	maxBackoff     = 2 * time.Second        // this, each half as long to half as long again
-	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back; see identify
+	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
-	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room has gone
+	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room
 
-	spareFiles = 24          // descriptors that connections must leave: Redis, its redial, the listener
+	spareFiles = 24          // descriptors that connections leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken
-	fullPause  = time.Minute // between two words in the log that all are taken
-	floodPause = time.Minute // between two words in the log on what the limits refuse
+	floodPause = time.Minute // between two words in the log on what is refused
 )
 
 //go:embed assets
@@ -217,7 +216,8 @@ func main() {
 //
 // When ctx ends the log closes, which ends every stream; requests see their context end; what is
 // left after stopTimeout is cut off.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+func run(ctx context.Context, args []string, getenv func(string) string,
+	stdout, stderr io.Writer) error {
 	cfg, err := configure(args, getenv, stdout)
 	if err != nil || cfg == nil {
 		return err
@@ -288,8 +288,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags := flag.NewFlagSet("chat", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.addr, "addr", ":8989", "address to listen on, `host:port`")
-	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or rediss:// URL\n"+
-		"(default $REDIS_URL; when that is empty, a room in memory)")
+	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or "+
+		"rediss:// URL\n(default $REDIS_URL; when that is empty, a room in memory)")
 	flags.StringVar(&c.channel, "channel", "chat", "Redis channel `name` of the room")
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
@@ -298,17 +298,18 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 		"may be repeated, the first is the address to join", c.trust)
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
 		flags.SetOutput(stdout)
+		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
 		flags.PrintDefaults()
-		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, CHAT_PASSWORD closes the room.\n")
+		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, "+
+			"CHAT_PASSWORD closes the room.\n")
 		return nil, nil
 	} else if err != nil {
 		return nil, usagef("%s", strings.ReplaceAll(redact(err.Error()), "\n", " "))
 	}
 	if flags.NArg() > 0 {
-		return nil, usagef("unexpected argument %q; an address goes behind -addr, as in -addr :8990",
-			redact(flags.Arg(0)))
+		return nil, usagef("unexpected argument %q; "+
+			"an address goes behind -addr, as in -addr :8990", redact(flags.Arg(0)))
 	}
 	if *version {
 		fmt.Fprintln(stdout, versionLine())
@@ -320,8 +321,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 			return nil, err
 		}
 	}
-	zone := strings.TrimPrefix(getenv("TZ"), ":")
-	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' { // Go would take UTC and say nothing
+	zone := strings.TrimPrefix(getenv("TZ"), ":") // of another one Go would make UTC and say nothing
+	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' {
 		return nil, usagef("TZ wants a name such as Asia/Shanghai, not %q", redact(zone))
 	}
 	return c, c.check()
@@ -338,19 +339,17 @@ func (c *config) check() error {
 	if !(c.rate >= 0) || math.IsInf(c.rate, 0) || c.rate > 0 && c.rate < 0.001 {
 		return usagef("-rate wants messages a second, or 0 for no limit, not %v", c.rate)
 	}
-	for _, end := range []string{":id", ":probe", ":history", ":key", ":here", ":act", ":state"} {
-		if strings.HasSuffix(c.channel, end) {
-			return usagef("-channel wants a name that does not end like what stands beside a room: %q", redact(c.channel))
-		}
-	}
 	for name, value := range map[string]string{"CHAT_KEY": c.key, "CHAT_PASSWORD": c.password} {
 		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
 			return usagef("%s wants one line of text, in UTF-8 and without control characters", name)
 		}
 	}
 	odd := func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }
-	if c.channel == "" || strings.ContainsFunc(c.channel, odd) {
-		return usagef("-channel wants a name without spaces, not %q", redact(c.channel))
+	beside := []string{":id", ":probe", ":history", ":key", ":here", ":act", ":state"}
+	if c.channel == "" || strings.ContainsFunc(c.channel, odd) || slices.ContainsFunc(beside,
+		func(end string) bool { return strings.HasSuffix(c.channel, end) }) {
+		return usagef("-channel wants a name without spaces that does not end in %s, not %q",
+			strings.Join(beside, " "), redact(c.channel))
 	}
 	return nil
 }
@@ -365,8 +364,8 @@ func splitAddr(addr string) (host, port string, ok bool) {
 // parseRedis reads the value of -redis. Its errors do not repeat the value, which may hold a
 // password.
 func parseRedis(text string) (*url.URL, error) {
-	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as localhost:6379; " +
-		"/ # ? and %% of a password are written %%2F %%23 %%3F and %%25")
+	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as " +
+		"localhost:6379; / # ? and %% of a password are written %%2F %%23 %%3F and %%25")
 	if !strings.Contains(text, "://") {
 		host, port, ok := splitAddr(text)
 		if !ok {
@@ -375,15 +374,17 @@ func parseRedis(text string) (*url.URL, error) {
 		text = "redis://" + net.JoinHostPort(cmp.Or(host, "localhost"), port)
 	}
 	u, err := url.Parse(text)
-	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Opaque != "" || u.Hostname() == "" {
+	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Hostname() == "" ||
+		u.RawQuery != "" || u.Fragment != "" {
 		return nil, bad
 	}
-	_, _, portOK := splitAddr(u.Host)
-	switch db := strings.Trim(u.Path, "/"); {
-	case u.RawQuery != "" || u.Fragment != "" || u.Port() != "" && !portOK:
+	if _, _, ok := splitAddr(u.Host); u.Port() != "" && !ok {
 		return nil, bad
-	case db != "" && db != "0": // PUBLISH knows no databases: rooms in two of them would mix
-		return nil, usagef("-redis (or REDIS_URL) wants no database; rooms on one Redis are told apart by -channel")
+	}
+	if db := strings.Trim(u.Path, "/"); db != "" && db != "0" {
+		// PUBLISH knows no databases: rooms in two of them would mix.
+		return nil, usagef("-redis (or REDIS_URL) wants no database; " +
+			"rooms on one Redis are told apart by -channel")
 	}
 	return u, nil
 }
@@ -1337,7 +1338,7 @@ func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
 // tellFull logs, at most once in a while, that not everybody finds room.
 func (s *server) tellFull() {
 	last, now := s.toldFull.Load(), time.Now().UnixNano()
-	if now-last > int64(fullPause) && s.toldFull.CompareAndSwap(last, now) {
+	if now-last > int64(floodPause) && s.toldFull.CompareAndSwap(last, now) {
 		s.logf("full: %d of %d connections are open, %d of them may be streams; "+
 			"a higher limit of open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
 	}
