@@ -2454,8 +2454,8 @@ func (b *broker) stay(ctx context.Context) error {
 	if err := b.subscribe(sub); err != nil {
 		return err
 	}
-	f := newFeed(b.log, b.channel)
-	if err := b.takeList(pub, f); err != nil {
+	f, err := b.takeList(pub)
+	if err != nil {
 		return err
 	}
 	broken := make(chan error, 1)
@@ -2616,28 +2616,29 @@ func fromRedis(raw string) string {
 // the same transaction in which the list is read: what the subscription brings before it is in the
 // list or older. The list is read on the other connection, because Redis ends a subscriber to whom
 // it owes over 32 MB, or over 8 MB for a minute, and a list can be 64 MB.
-func (b *broker) takeList(c redis.Conn, f *feed) error {
+//
+// A word serves once: one of an earlier try would be taken for the seam, and what came between the
+// two put behind what is newer.
+func (b *broker) takeList(c redis.Conn) (*feed, error) {
 	for range restoreTries {
+		f := newFeed(b.log, b.channel)
 		b.depart()
 		c.Send("MULTI")
 		c.Send("LRANGE", b.channel+":history", 0, -1)
 		c.Send("PUBLISH", b.channel+":probe", f.word)
 		replies, err := commit(c)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		list, items, err := parseList(replies[0], nil)
-		if err != nil {
-			return err
-		}
-		if f.take(list, items) {
-			return nil
+		if err != nil || f.take(list, items) {
+			return f, err
 		}
 		if err = b.writeList(c, f); err != redis.ErrNil {
-			return err
+			return f, err
 		}
 	}
-	return errors.New("the history is being rewritten by others")
+	return nil, errors.New("the history is being rewritten by others")
 }
 
 // writeList writes back what Redis forgot. Every other process joins again then, for some of it may

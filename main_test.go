@@ -33,6 +33,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"iter"
@@ -56,6 +57,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -385,6 +387,7 @@ func TestMain(m *testing.M) {
 	if addr := os.Getenv("CHAT_TEST_LOOP"); addr != "" { // this process is a server of BenchmarkBeside
 		panic(http.ListenAndServe(addr, new(loop)))
 	}
+	flag.Set("test.parallel", "8") // they wait more than they work; the command line may say otherwise
 	code := m.Run()
 	if binaryDir != "" {
 		os.RemoveAll(binaryDir)
@@ -4035,9 +4038,35 @@ func TestImpossibleAnswer(t *testing.T) {
 	if status := newClient(t, p.url).get("/login").status; status != 200 {
 		t.Errorf("the room answers %d, want 200", status)
 	}
-	said := redis.Error("ERR unknown command `AUTH`\x1b[2J, with args beginning with: `hunter2`")
-	if got, want := inWords(said), `"ERR unknown command `+"`AUTH`"+`\x1b[2J"`; got != want {
-		t.Errorf("in the log it is %s, want %s", got, want)
+}
+
+// TestInWords: what the log says of why Redis is away. No answer of a server stands there unquoted.
+func TestInWords(t *testing.T) {
+	read := func(err error) error {
+		return &net.OpError{Op: "read", Net: "tcp", Addr: &net.TCPAddr{Port: 6379}, Source: &net.TCPAddr{Port: 4711}, Err: err}
+	}
+	for _, test := range []struct {
+		err  error
+		want string
+	}{
+		{redis.Error("NOAUTH Authentication required."), `"NOAUTH Authentication required."`},
+		{redis.Error("ERR x\x1b[2J\nfake line, with args beginning with: 'hunter2'"), `"ERR x\x1b[2J\nfake line"`},
+		{redis.Error("ERR unknown command 'SET', with args beginning with: 'chat:key' 'secret'"),
+			`this is a Sentinel, or a Redis without a command that a room needs; name the master, or a proxy that follows it: "ERR unknown command 'SET'"`},
+		{redis.Error("MOVED 1234 10.0.0.1:6379"),
+			`this Redis is a cluster: name the node that has the room, whose keys -channel '{chat}' keeps together: "MOVED 1234 10.0.0.1:6379"`},
+		{redis.Error(strings.Repeat("x", 1000)), `"` + strings.Repeat("x", 200) + `"`},
+		{tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}, "this port speaks no TLS: it wants redis://"},
+		{errors.New("redigo: unexpected response line (possible server error or unsupported concurrent read by application)"),
+			"that is not Redis, or it wants rediss://"},
+		{io.EOF, "it has ended the connection"},
+		{read(syscall.ECONNRESET), "it has ended the connection"},
+		{read(os.ErrDeadlineExceeded), "it does not answer"},
+		{&net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}, "dial tcp: connection refused"},
+	} {
+		if got := inWords(test.err); got != test.want {
+			t.Errorf("%v: got %s, want %s", test.err, got, test.want)
+		}
 	}
 }
 
@@ -5555,6 +5584,7 @@ type modelProcess struct {
 	log, items []entry // to be written
 	watched    int
 	pending    []modelCommand
+	trips      int // round trips since the last line
 }
 
 // A modelCommand is a post that is on its way to Redis.
@@ -5607,9 +5637,7 @@ func (p *modelProcess) step(faults bool) {
 }
 
 func (p *modelProcess) readList() {
-	if p.f == nil {
-		p.f = newFeed(p.room.log, "chat")
-	}
+	p.f = newFeed(p.room.log, "chat")
 	p.room.broker.depart()
 	list, raw := p.parsed(), len(p.list)
 	p.publish("chat:probe", p.f.word)
@@ -5645,9 +5673,11 @@ func (p *modelProcess) writeList(faults bool) {
 	p.follows, p.underWay, p.items = true, true, nil
 }
 
+// follow reads some of what came, and begins a round trip often enough for the ring: a Redis that
+// forgot while a process lags shows only until the list is full again.
 func (p *modelProcess) follow() {
 	b := p.room.broker
-	if !p.underWay && (len(b.asking) > 0 || p.IntN(20) == 0) {
+	if !p.underWay && (len(b.asking) > 0 || p.IntN(2+p.size/4) == 0) {
 		least := p.f.least()
 		b.depart()
 		p.trim()
@@ -5665,6 +5695,9 @@ func (p *modelProcess) follow() {
 		}
 		msg := p.queue[0]
 		p.queue = p.queue[1:]
+		if msg[0] != "chat:probe" {
+			p.trips = 0
+		}
 		if err := p.f.hear(msg[0], msg[1]); err != nil {
 			p.cut()
 			return
@@ -5672,6 +5705,7 @@ func (p *modelProcess) follow() {
 		if len(p.f.echo) > 0 {
 			<-p.f.echo
 			p.underWay = false
+			p.trips++
 			b.arrive()
 			b.setJoined()
 		}
@@ -5895,7 +5929,7 @@ func (m *model) over() bool { return m.unrest() == "" }
 
 func (m *model) unrest() string {
 	for i, p := range m.processes {
-		if p.room == nil || p.room.away() != nil || len(p.pending) > 0 || len(p.queue) > 0 {
+		if p.room == nil || p.room.away() != nil || len(p.pending) > 0 || len(p.queue) > 0 || p.trips < 2 {
 			return fmt.Sprintf("process %d is not joined or has not read all", i)
 		}
 	}
@@ -6934,30 +6968,27 @@ type browser struct {
 // startBrowser starts chromedriver and a Chromium of its own.
 func startBrowser(t *testing.T, args ...string) *browser {
 	t.Helper()
+	if testing.Short() && t.Name() != "TestPageTwoPeople" {
+		t.Skip("takes a browser; one look is enough")
+	}
 	need(t, "chromium", "apt-get install chromium")
 	need(t, "chromedriver", "apt-get install chromium-driver")
-	ctx, cancel := context.WithCancel(context.Background())
-	driver := exec.CommandContext(ctx, "chromedriver", "--port=0")
-	driver.Cancel = func() error { return driver.Process.Signal(os.Interrupt) }
-	driver.WaitDelay = 5 * time.Second
-	out, err := driver.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := driver.Start(); err != nil {
-		t.Fatal(err)
-	}
-	b := &browser{t: t}
+	addr, driver := serve(t, func(addr string) *exec.Cmd {
+		_, port, _ := net.SplitHostPort(addr)
+		return exec.Command("chromedriver", "--port="+port)
+	})
+	b := &browser{t: t, session: "http://" + addr + "/session"}
 	profile, err := os.MkdirTemp("", "chat-browser-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if b.session != "" {
-			try(b, "DELETE", "", nil, new(any))
+		try(b, "DELETE", "", nil, new(any))
+		driver.interrupt()
+		select {
+		case <-driver.ended:
+		case <-time.After(5 * time.Second):
 		}
-		cancel()
-		driver.Wait()
 		for range 50 { // the browser's last process may still be writing
 			if os.RemoveAll(profile) == nil {
 				break
@@ -6965,17 +6996,6 @@ func startBrowser(t *testing.T, args ...string) *browser {
 			time.Sleep(100 * time.Millisecond)
 		}
 	})
-	started := regexp.MustCompile(`successfully on port (\d+)`)
-	for s := bufio.NewScanner(out); s.Scan(); {
-		if m := started.FindStringSubmatch(s.Text()); m != nil {
-			b.session = "http://127.0.0.1:" + m[1] + "/session"
-			break
-		}
-	}
-	go io.Copy(io.Discard, out)
-	if b.session == "" {
-		t.Fatal("chromedriver named no port")
-	}
 	path, _ := exec.LookPath("chromium")
 	options := map[string]any{"binary": path, "args": append([]string{
 		"--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -7322,6 +7342,9 @@ func TestPageText(t *testing.T) {
 		js[any](b, "window.parts = (node) => [...node.childNodes].map((n) => { const pre = n.querySelector?.('pre'); return pre ? ['PRE', pre.dataset.language].filter(Boolean).join(' ') + ':' + pre.textContent : n.nodeName === '#text' ? n.data : n.nodeName + ':' + n.textContent; }).join('|')")
 		b.wait(fmt.Sprintf("%.60q becomes %.60q", c.text, c.want), "$('#log .row:last-child .text') && parts($('#log .row:last-child .text')) === arguments[0]", c.want)
 	}
+	b.checks(
+		check{"code takes the width it needs", "(w => w > 100 && w < 400)($$('#log pre').find((n) => n.textContent === 'int a;').closest('.text').offsetWidth)"},
+	)
 	b.checks(check{"`code` is in monospace", "/mono/i.test(getComputedStyle($('#log code')).fontFamily) && /mono/i.test(getComputedStyle($('#log pre')).fontFamily)"})
 	p.send(frame(id(), "[10:00:00] 李雷: ```go\nfunc main() {\n\tx()\n}\n```"))
 	b.wait("a block", "$('#log .row:last-child pre') && $('#log .row:last-child pre').textContent.startsWith('func')")
@@ -7406,25 +7429,24 @@ func TestPageHostileTexts(t *testing.T) {
 	b := startBrowser(t)
 	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	const messages = 200
-	opens := func(text string) time.Duration {
-		t.Helper()
-		url := startChat(t, "-rate", "0")
+	fill := func(text string) (url string) {
+		url = startChat(t, "CHAT_KEY=the sessions of one room hold in the others", "-rate", "0")
 		say := httpClient(t, url, "Ada")
 		for range messages {
 			say(text)
 		}
 		b.login(url, "小明")
-		least := time.Hour
-		for range 3 {
-			begun := time.Now()
-			b.open(url)
-			b.wait("all are there", "$$('#log .row').length === arguments[0]", messages)
-			b.settle()
-			least = min(least, time.Since(begun))
-		}
-		return least
+		return url
 	}
-	plain := opens(strings.Repeat("word ", maxMessage/5))
+	opens := func(url string) time.Duration {
+		t.Helper()
+		begun := time.Now()
+		b.open(url)
+		b.wait("all are there", "$$('#log .row').length === arguments[0]", messages)
+		b.settle()
+		return time.Since(begun)
+	}
+	plain := fill(strings.Repeat("word ", maxMessage/5))
 	for _, c := range []struct{ what, text string }{
 		{"code, 1333 times", strings.Repeat("`a`", maxMessage/3)},
 		{"code between words, 1000 times", strings.Repeat("`a` ", maxMessage/4)},
@@ -7437,14 +7459,20 @@ func TestPageHostileTexts(t *testing.T) {
 		{"blocks of code", strings.Repeat("```\na\n```\n", maxMessage/10)},
 		{"backticks that nothing closes", strings.Repeat("`a``b", maxMessage/5)},
 	} {
-		took := opens(c.text)
-		t.Logf("%s: %v, %.1f times a plain page's %v", c.what, took, float64(took)/float64(plain), plain)
-		if took > 3*plain {
-			t.Errorf("%s: %v, a page of plain texts %v", c.what, took, plain)
+		url := fill(c.text)
+		ratio, tries := math.Inf(1), 0
+		for ; ratio > 3 && tries < 5; tries++ { // a machine with other work is slow now and then
+			usual := min(opens(plain), opens(plain))
+			ratio = float64(opens(url)) / float64(usual)
+		}
+		t.Logf("%s: %.1f times as long as plain texts, at try %d", c.what, ratio, tries)
+		if ratio > 3 {
+			t.Errorf("%s: %.1f times as long as plain texts", c.what, ratio)
 		}
 		b.checks(
 			check{c.what + " is folded", "$$('.more').length === $$('#log .row').length || $('#log .text').textContent.length < 500"},
-			check{c.what + " has at most 81 pieces, none of them empty", "$$('#log .text').every((n) => n.childNodes.length <= 82 && [...n.childNodes].every((c) => c.textContent || c.className === 'rest'))"},
+			check{c.what + " has at most 81 pieces, none of them empty", "$$('#log .text').every((n) => n.childNodes.length <= 82 && [...n.childNodes].every((c) => c.textContent || c.localName === 'span'))"},
+			check{c.what + ": no more is laid out than what is seen, or little", "$('#log .text').scrollHeight <= 1.6 * $('#log .text').clientHeight"},
 			check{c.what + " stays inside its row", "$('#log .row').getBoundingClientRect().height < 500 && /clip|hidden/.test(getComputedStyle($('#log .text')).overflowY)"},
 		)
 	}
@@ -7539,17 +7567,21 @@ func TestPageFaults(t *testing.T) {
 	for _, status := range []int{503, 429, 200} {
 		fault(status)
 		text := fmt.Sprintf("after %d", status)
-		p.set(func() { p.keys = nil })
+		var before []string
+		p.set(func() { before = slices.Clone(p.keys) })
+		isNew := func(key string) bool { return !slices.Contains(before, key) } // the browser itself may repeat an old one
 		b.say(text)
-		p.until("it is refused", func() bool { return len(p.keys) > 0 })
+		p.until("it is refused", func() bool { return slices.ContainsFunc(p.keys, isNew) })
 		b.checks(check{"a refusal leaves it waiting", "$('#unsent .row[data-state=waiting]')"})
 		if status == 429 {
 			b.checks(check{"too fast says how long to wait", `/^Too fast\. Wait \d s\.$/.test($('#unsent .fate span').textContent)`})
 		}
 		fault(0)
 		once(text)
-		if tries, messages := p.posts(); messages != 1 || tries < 2 {
-			t.Errorf("a message that is refused first: %d POSTs with %d different keys", tries, messages)
+		var keys []string
+		p.set(func() { keys = slices.DeleteFunc(slices.Clone(p.keys), func(key string) bool { return !isNew(key) }) })
+		if len(keys) < 2 || len(slices.Compact(slices.Sorted(slices.Values(keys)))) != 1 {
+			t.Errorf("a message that is refused first is posted with the keys %q", keys)
 		}
 	}
 
@@ -7584,7 +7616,8 @@ func TestPageFaults(t *testing.T) {
 	b.say("deleted")
 	b.wait("it failed", "$('#unsent [data-state=failed]')")
 	b.click("#unsent [value=delete]")
-	b.checks(check{"Delete can be undone", "$('#unsent [data-state=deleted] .fate').innerText.replace(/\\s+/g, ' ') === 'Deleted Undo'"})
+	b.checks(check{"Delete can be undone", "$('#unsent [data-state=deleted] .fate').innerText.replace(/\\s+/g, ' ') === 'Deleted Undo'"},
+		check{"but does not come again with a reload", "!JSON.parse(sessionStorage.getItem('chat')).letters.length"})
 	b.click("#unsent [value=undo]")
 	b.checks(check{"it is as it was", "$('#unsent [data-state=failed]') && seen($('#unsent [value=retry]'))"})
 	b.click("#unsent [value=delete]")
@@ -8360,6 +8393,7 @@ func TestPageBusyRoom(t *testing.T) {
 		b.checks(check{what + ": the reader is not pulled back", "bottom() > 100 && $('#log').scrollTop <= before && /^[12]\\d new messages$/.test($('#pill').textContent)"})
 	}
 	stays("the wheel", func() { mouse("mouseWheel", map[string]any{"deltaX": 0, "deltaY": -30, "button": "none"}) })
+	stays("the wheel, when nothing has moved yet", func() { js[any](b, "$('#log').dispatchEvent(new WheelEvent('wheel', { deltaY: -1 }))") })
 	key := func(name string) {
 		js[any](b, "$('#log').focus()")
 		b.keys("#log", name)
@@ -8627,6 +8661,14 @@ func TestPageOwn(t *testing.T) {
 	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
 	b.hasText("from the first tab")
 	b.checks(check{"and of what is sent while it is open", own("from the first tab")})
+	js[any](b, "hide(true)")
+	b.toTab(first)
+	b.say("from the first tab again")
+	b.hasText("from the first tab again")
+	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
+	js[any](b, "hide(false)")
+	b.hasText("from the first tab again")
+	b.checks(check{"which does not count as unread", "!$('[data-new]') && document.title === 'Chat room'"})
 	b.open(p.url() + "/?view=projector")
 	b.hasText("from the first tab")
 	b.checks(check{"on a wall nothing is anybody's own", "!$('.own')"})
@@ -9537,25 +9579,28 @@ func TestLessonStrings(t *testing.T) {
 
 // ---- documents ----
 
-// documents are README.md and what it leads to.
-func documents(t testing.TB) string {
+// documents are README.md and the files that go on where it ends, with what each is in Chinese.
+var documents = [][2]string{
+	{"README.md", ".github/README.zh-CN.md"},
+	{".github/running.md", ".github/running.zh-CN.md"},
+	{".github/measured.md", ".github/measured.zh-CN.md"},
+}
+
+// documentsText is all of them in English.
+func documentsText(t testing.TB) (text string) {
 	t.Helper()
-	names, _ := filepath.Glob(".github/*.md")
-	all := readFile(t, "README.md")
-	for _, name := range names {
-		if !strings.Contains(name, "zh-CN") {
-			all += readFile(t, name)
-		}
+	for _, names := range documents {
+		text += readFile(t, names[0])
 	}
-	return all
+	return text
 }
 
 // blocks returns what the documents have between fences of this language.
 func blocks(t testing.TB, language string) []string {
 	t.Helper()
-	all := allMatches(regexp.MustCompile("(?ms)^```"+language+"\n(.*?)^```$"), documents(t))
+	all := allMatches(regexp.MustCompile("(?ms)^```"+language+"\n(.*?)^```$"), documentsText(t))
 	if len(all) == 0 {
-		t.Fatalf("README.md has no ```%s", language)
+		t.Fatalf("the documents have no ```%s", language)
 	}
 	return all
 }
@@ -9991,8 +10036,8 @@ func checkFlags(t *testing.T, args string) {
 	}
 }
 
-// Every line of shell in README.md is run, or its flags are read; curl and redis-cli speak to a
-// live room.
+// Every line of shell in the documents is run, or its flags are read; curl and redis-cli speak to
+// a live room.
 func TestShellLines(t *testing.T) {
 	t.Parallel()
 	need(t, "curl", "apt-get install curl")
@@ -10047,53 +10092,129 @@ func TestShellLines(t *testing.T) {
 				}
 			}
 		default:
-			t.Errorf("README.md has %q, and nothing tries it", line)
+			t.Errorf("a document has %q, and nothing tries it", line)
 		}
 	}
-	for _, args := range allMatches(regexp.MustCompile("`\\./chat ([^`]*)`"), readFile(t, "README.md")) {
+	for _, args := range allMatches(regexp.MustCompile("`\\./chat ([^`]*)`"), documentsText(t)) {
 		checkFlags(t, args)
 	}
 	got := said(newClient(t, room.url).poll(""))
 	for _, want := range []string{"anonymous: hello from curl: C++ & 100%41", "anonymous: said once", "小明: hello", "hi"} {
 		if n := len(got) - len(slices.DeleteFunc(slices.Clone(got), func(line string) bool { return line == want })); n != 2 {
-			t.Errorf("after the lines of README.md the room has %q, want %q twice", got, want)
+			t.Errorf("after the lines of the documents the room has %q, want %q twice", got, want)
 		}
 	}
 }
 
-// The number of readers in README.md is the one that the limits give.
+// What README.md shows of an answer is one.
+func TestAnswerInReadme(t *testing.T) {
+	t.Parallel()
+	shown := regexp.MustCompile("(?s)```\n\\$ curl 'http://localhost:8989/stream\\?wait=0'\n(.*?)```").FindStringSubmatch(readFile(t, "README.md"))
+	if shown == nil {
+		t.Fatal("README.md shows no answer of /stream?wait=0")
+	}
+	c := newClient(t, startRoom(t).url)
+	c.say("hello from curl")
+	answer := c.get("/stream?wait=0").body
+	alike := func(text string) string {
+		text = regexp.MustCompile(`[A-Z2-7]{26}~[a-z2-7]{8}`).ReplaceAllString(text, "<id>")
+		return regexp.MustCompile(`\d\d:\d\d:\d\d`).ReplaceAllString(text, "<time>")
+	}
+	if want, got := alike(shown[1]), alike(answer); got != want || strings.Count(got, "<id>") != 2 {
+		t.Errorf("an answer is\n%s\nin README.md\n%s", got, want)
+	}
+}
+
+// The number of readers in running.md is the one that the limits give.
 func TestReadersOfALimit(t *testing.T) {
 	_, streams := capacity(1024)
-	if want := fmt.Sprintf("of 1024 it serves %d readers", streams); !strings.Contains(strings.Join(strings.Fields(readFile(t, "README.md")), " "), want) {
-		t.Errorf("README.md does not say %q", want)
+	if want := fmt.Sprintf("of 1024 it serves %d readers", streams); !strings.Contains(inOneLine(readFile(t, ".github/running.md")), want) {
+		t.Errorf("running.md does not say %q", want)
 	}
 }
 
-// The Chinese README has the same commands, configurations and numbers.
+// inOneLine makes each run of white space a space.
+func inOneLine(text string) string { return strings.Join(strings.Fields(text), " ") }
+
+// Each document in Chinese has the same commands, configurations and numbers.
 func TestReadmeInChinese(t *testing.T) {
-	readme, chinese := readFile(t, "README.md"), readFile(t, ".github/README.zh-CN.md")
-	for what, re := range map[string]string{
-		"blocks":          "(?ms)^```(.*?)^```$",
-		"rows of flags":   "(?m)^\\| (`[^|]+\\|[^|]+)\\|",
-		"headings' ranks": "(?m)^(#+) ",
-	} {
-		want, got := allMatches(regexp.MustCompile(re), readme), allMatches(regexp.MustCompile(re), chinese)
-		if len(want) == 0 || !slices.Equal(got, want) {
-			t.Errorf("%s: README.zh-CN.md has %q, README.md %q", what, got, want)
+	for _, names := range documents {
+		english, chinese := readFile(t, names[0]), readFile(t, names[1])
+		for what, re := range map[string]string{
+			"blocks":          "(?ms)^```(.*?)^```$",
+			"rows of flags":   "(?m)^\\| (`[^|]+\\|[^|]+)\\|",
+			"headings' ranks": "(?m)^(#+) ",
+		} {
+			want, got := allMatches(regexp.MustCompile(re), english), allMatches(regexp.MustCompile(re), chinese)
+			if len(want) == 0 && (what != "rows of flags" || names[0] == "README.md") || !slices.Equal(got, want) {
+				t.Errorf("%s: %s has %q, %s %q", what, names[1], got, names[0], want)
+			}
+		}
+		numbers := regexp.MustCompile(`\b(\d{2,})\b`)
+		want, got := allMatches(numbers, english), allMatches(numbers, chinese)
+		slices.Sort(want)
+		slices.Sort(got)
+		if !slices.Equal(slices.Compact(got), slices.Compact(want)) {
+			t.Errorf("%s has the numbers %s, %s %s", names[1], got, names[0], want)
 		}
 	}
-	numbers := regexp.MustCompile(`\b(\d{2,})\b`)
-	want, got := allMatches(numbers, readme), allMatches(numbers, chinese)
-	slices.Sort(want)
-	slices.Sort(got)
-	if !slices.Equal(slices.Compact(got), slices.Compact(want)) {
-		t.Errorf("README.zh-CN.md has the numbers %s, README.md %s", got, want)
+}
+
+// Every link from a document leads to a file that is there, in the archives of a release too, and
+// to a heading that it has; and README.md leads to every document, in its language.
+func TestLinksOfDocuments(t *testing.T) {
+	fences, links := regexp.MustCompile("(?ms)^```.*?^```$"), regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	anchors := func(name string) (all []string) { // as GitHub makes them
+		for _, heading := range allMatches(regexp.MustCompile("(?m)^#+ (.*)$"), fences.ReplaceAllString(readFile(t, name), "")) {
+			heading = regexp.MustCompile(`[^\p{L}\p{M}\p{N}_ -]`).ReplaceAllString(strings.ToLower(heading), "")
+			all = append(all, strings.ReplaceAll(heading, " ", "-"))
+		}
+		return all
+	}
+	archived := allMatches(regexp.MustCompile(`(?m)^ +- src: (\S+)`), readFile(t, ".goreleaser.yml"))
+	var linked [2][]string // from README, by language
+	for _, names := range documents {
+		for lang, name := range names {
+			for _, link := range allMatches(links, fences.ReplaceAllString(readFile(t, name), "")) {
+				file, heading, deep := strings.Cut(link, "#")
+				to := name
+				if file != "" {
+					to = filepath.ToSlash(filepath.Join(filepath.Dir(name), file))
+				}
+				if to == "../../releases" { // of a page that shows a file of the repository
+					continue
+				}
+				if name == documents[0][lang] {
+					linked[lang] = append(linked[lang], to)
+				}
+				if _, err := os.Stat(to); err != nil {
+					t.Errorf("%s links to %s: %v", name, link, err)
+					continue
+				}
+				if deep && !slices.Contains(anchors(to), heading) {
+					t.Errorf("%s links to %s, where the headings are %q", name, link, anchors(to))
+				}
+				if !slices.ContainsFunc(archived, func(pattern string) bool {
+					matches, err := filepath.Match(pattern, filepath.FromSlash(to))
+					return matches && err == nil
+				}) {
+					t.Errorf("%s links to %s, which is not in the archives: %q", name, to, archived)
+				}
+			}
+		}
+	}
+	for _, names := range documents[1:] {
+		for lang, name := range names {
+			if !slices.Contains(linked[lang], name) {
+				t.Errorf("%s does not link to %s", documents[0][lang], name)
+			}
+		}
 	}
 }
 
-// What the manual in main.go, README.md, -h and the files say must agree.
+// What the manual in main.go, the documents, -h and the files say must agree.
 func TestDocumentsAgree(t *testing.T) {
-	source, readme := readFile(t, "main.go"), readFile(t, "README.md")
+	source, readme, running := readFile(t, "main.go"), readFile(t, "README.md"), readFile(t, ".github/running.md")
 	manual, _, _ := strings.Cut(source, "\npackage main\n")
 	var help bytes.Buffer
 	if err := run(context.Background(), []string{"-h"}, func(string) string { return "" }, &help, io.Discard); err != nil {
@@ -10145,25 +10266,35 @@ func TestDocumentsAgree(t *testing.T) {
 		{"README.md", readme, fmt.Sprintf("%d logins at once and %d a second after that", loginBurst, loginRate)},
 		{"README.md", readme, fmt.Sprintf("%d wrong passwords at once and %s a second after that", guessBurst, words[guessRate])},
 		{"README.md", readme, fmt.Sprintf("over %s to %s seconds", words[retryLow/1000], words[retryHigh/1000])},
-		{"README.md", readme, fmt.Sprintf("come back within %s seconds", words[retryHigh/1000])},
+		{"README.md", readme, fmt.Sprintf("%d messages at once and %d a second after that", floodBurst, floodRate)},
+		{"README.md", readme, fmt.Sprintf("keeps %d entries, of which the newest %d are the history", listSize(ringSize), ringSize)},
+		{"README.md", readme, fmt.Sprintf("older by more than %d messages", ringSize)},
+		{"README.md", readme, fmt.Sprintf("more than %d messages behind the first", listSize(ringSize)-ringSize)},
+		{"README.md", readme, fmt.Sprintf("Every %d s each process sends a word", syncEvery/time.Second)},
+		{"running.md", running, fmt.Sprintf("the newest %d entries, of which %d are the history", listSize(ringSize), ringSize)},
+		{"running.md", running, fmt.Sprintf("a word of each process every %d s", syncEvery/time.Second)},
+		{"running.md", running, fmt.Sprintf("drops both %d days after the last process", int(keptFor.Hours())/24)},
+		{"running.md", running, fmt.Sprintf("come back within %s seconds", words[retryHigh/1000])},
 		{"README.md", readme, fmt.Sprintf("A `ping` every %d s", heartbeat/time.Second)},
 		{"the manual", manual, fmt.Sprintf("at most %d (default", ringSize)},
 		{"the manual", manual, fmt.Sprintf("after a burst of %d", postBurst)},
-		{"the manual", manual, fmt.Sprintf("among the newest %d.", ringSize)},
+		{"the manual", manual, fmt.Sprintf("while it is among the newest %d;", ringSize)},
 		{"the manual", manual, fmt.Sprintf("413 over %d KiB", maxBody>>10)},
 		{"the manual", manual, fmt.Sprintf("413 over %d characters", maxMessage)},
 		{"the manual", manual, fmt.Sprintf("after %d s of silence", heartbeat/time.Second)},
 		{"the manual", manual, strings.Replace(fmt.Sprintf("at most %v)", maxWait), "1m0s", "a minute", 1)},
-		{"the manual", manual, fmt.Sprintf("the newest %d, newest last", ringSize)},
+		{"the manual", manual, fmt.Sprintf("newest last. %d are kept, and the newest %d are the history", listSize(ringSize), ringSize)},
+		{"the manual", manual, fmt.Sprintf("The newest %d messages live in each process", ringSize)},
+		{"the manual", manual, fmt.Sprintf("every %d s a word of each process", syncEvery/time.Second)},
 		{"the manual", manual, fmt.Sprintf("chat_session for %d days", int(sessionLife.Hours())/24)},
 		{"-h", help.String(), fmt.Sprintf("at most %d (default", ringSize)},
 		{"-h", help.String(), fmt.Sprintf("after a burst of %d;", postBurst)},
 	} {
-		if !strings.Contains(strings.Join(strings.Fields(test.text), " "), test.says) {
+		if !strings.Contains(inOneLine(test.text), test.says) {
 			t.Errorf("%s does not say %q", test.name, test.says)
 		}
 	}
-	if stopTimeout >= time.Second || !strings.Contains(readme, "`SIGTERM` ends it in under a second") {
+	if stopTimeout >= time.Second || !strings.Contains(inOneLine(readme), "`SIGTERM` ends it in under a second") {
 		t.Errorf("README.md does not say that SIGTERM ends it in under a second, or it is %v", stopTimeout)
 	}
 	if script := readFile(t, "assets/chat.js"); !strings.Contains(script, fmt.Sprintf("MAX = %d", maxMessage)) {

@@ -38,7 +38,8 @@ const NEAR = 48;                    // px from the end that count as the end
 const GROUP = 300;                  // s in which messages of one author stand together
 const SKEW = 600;                   // s by which the clocks of two servers may differ
 const CHARS = 800, LINES = 12;      // a longer text is folded
-const CHARS_SHOWN = 500, LINES_SHOWN = 10; // to this: what it hides is higher than the button
+/** @type {[number, number]} */
+const SHOWN = [500, 10];            // to as many: what it hides is higher than the button
 const SAID = 2_000;                 // ms for which a button says what it did
 const MAX = 4000, COUNT_FROM = 3200; // characters of a message
 const GRACE = 2_000;                // ms a connection may be lost unnoticed
@@ -63,7 +64,7 @@ const say = (key, n) => T[key].replace(/{[ns]}/, () => n);
 /** @param {string} tag @param {string} text */
 function element(tag, text) {
   const node = document.createElement(tag);
-  node.append(text);
+  node.textContent = text;
   return node;
 }
 
@@ -329,19 +330,16 @@ function previous(node) {
 
 // ---- text ----
 
-/** Puts a message's text into its node; a long one is folded. @param {HTMLElement} node
- *  @param {string} text */
+/** Puts a message's text into its node; a long one is folded, and only its beginning is looked at:
+ *  a few hundred characters, whatever they are, are laid out in no time.
+ *  @param {HTMLElement} node @param {string} text */
 function fill(node, text) {
-  const all = pieces(text), lines = text.split('\n').length;
-  node.parentElement?.classList.toggle('wide', text.length > CHARS / 2 || all.some((p) => p.kind === 'block'));
-  if (length(text) <= CHARS && lines <= LINES) {
-    node.append(render(all));
-    if (text.length > CHARS / 6 || lines > LINES / 3) folds.unsure.push(node);
-    return;
-  }
-  const [head, rest] = cut(all, CHARS_SHOWN, LINES_SHOWN);
-  node.append(render(head));
-  folds.fold(node, all, rest, lines > LINES ? say('show_all', lines) : T.show_rest);
+  const lines = text.split('\n').length, isLong = length(text) > CHARS || lines > LINES;
+  const all = pieces(isLong ? text.slice(0, CHARS) : text);
+  node.parentElement?.classList.toggle('broad', text.length > CHARS / 2 || all.some((p) => p.kind === 'block'));
+  node.append(render(isLong ? cut(all, ...SHOWN)[0] : all));
+  if (isLong) folds.fold(node, text, lines > LINES ? say('show_all', lines) : T.show_rest);
+  else if (text.length > CHARS / 6 || lines > LINES / 3) folds.unsure.push(node);
 }
 
 /** @param {Piece[]} list */
@@ -370,52 +368,46 @@ function link(url) {
   return Object.assign(element('a', url), { href: url, target: '_blank', rel });
 }
 
-/** Long texts. Only the beginning is in the page until somebody wants the rest: a few hundred
- *  characters, whatever they are, are laid out in no time. */
+/** Long texts, until somebody wants to see all of one. */
 const folds = {
   /** Texts that may be too high, to be measured when they are in the page. @type {HTMLElement[]} */
   unsure: [],
+  /** Of one that is not all in the page: its node, and the text. @type {WeakMap<Node, string>} */
+  texts: new WeakMap(),
 
   /** Folds those that are too high. */
   measure() {
     const tall = this.unsure.splice(0).filter((node) =>
       node.offsetHeight > (LINES + .5) * parseFloat(getComputedStyle(node).lineHeight));
-    for (const node of tall) this.fold(node, null, [], T.show_rest);
+    for (const node of tall) this.fold(node, '', T.show_rest);
   },
 
-  /** @param {HTMLElement} node @param {Piece[] | null} all what is not all in the page
-   *  @param {Piece[]} rest @param {string} label */
-  fold(node, all, rest, label) {
+  /** @param {HTMLElement} node @param {string} text '' if all of it is in the page @param {string} label */
+  fold(node, text, label) {
     node.classList.add('folded');
-    if (all) node.append(this.hidden(rest));
+    if (text) this.texts.set(node, text);
     if (projector) return;          // nobody is there to unfold it
     const more = copy('more');
     more.textContent = label;
     more.onclick = () => {
       more.remove();
       node.classList.remove('folded');
-      if (all) node.replaceChildren(render(all));
+      if (text) node.replaceChildren(render(pieces(text)));
       view.stuck = view.atEnd();    // who unfolds a text wants to read it
     };
     node.after(more);
   },
 
-  /** Where the rest stands while it is copied. @param {Piece[]} rest */
-  hidden(rest) {
-    const node = document.createElement('span');
-    node.className = 'rest';
-    this.rests.set(node, rest);
-    return node;
-  },
-  /** @type {WeakMap<Element, Piece[]>} */
-  rests: new WeakMap(),
-
-  /** Who copies a folded text copies all of it. */
+  /** Who copies a folded text copies all of it: the rest is there for a moment. */
   copied() {
-    const selection = getSelection();
-    const nodes = [...document.querySelectorAll('.rest')].filter((node) => selection?.containsNode(node, true));
-    for (const node of nodes) node.append(render(this.rests.get(node) ?? []));
-    setTimeout(() => nodes.forEach((node) => node.replaceChildren()));
+    for (const node of document.querySelectorAll('.folded')) {
+      const text = this.texts.get(node);
+      if (!text || !getSelection()?.containsNode(/** @type {Node} */ (node.lastChild))) continue;
+      const rest = element('span', '');
+      rest.append(render(cut(pieces(text), ...SHOWN)[1]));
+      node.append(rest);
+      setTimeout(() => rest.remove());
+    }
   },
 };
 
@@ -597,11 +589,12 @@ const connection = {
   /** Nobody writes at a projector, it only waits. @param {string} state */
   show(state) {
     body.dataset.state = state;
+    body.classList.toggle('lost', state !== 'live');
     status.textContent = T[projector && state !== 'live' ? 'connecting' : state];
   },
 };
 
-on(window, 'online offline', () => /reconnecting|offline/.test(body.dataset.state ?? '') && connection.showLoss());
+on(window, 'online offline', () => body.matches('.lost') && connection.showLoss());
 
 // ---- sending ----
 
@@ -718,7 +711,7 @@ const composer = {
     on(box, 'input', () => this.typed());
     on(box, 'compositionstart', () => { this.isComposing = true; });
     on(box, 'compositionend', () => { this.isComposing = false; });
-    on(send, 'mousedown', (e) => this.isComposing || e.preventDefault()); // the keyboard stays
+    on(send, 'mousedown', (e) => e.preventDefault()); // the keyboard stays
     on(form, 'submit', (e) => { e.preventDefault(); submit(); });
     on($('logout'), 'submit', logout);
     if (matchMedia('(pointer: fine)').matches) box.focus();

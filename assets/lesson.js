@@ -318,6 +318,7 @@ function showState() {
     : all.every((way) => way.requests.length) ? 'live' : 'connecting';
   if (body.dataset.state === state) return;
   body.dataset.state = state;
+  body.classList.toggle('lost', state === 'reconnecting');
   status.textContent = broken ? T.lesson_broken : T[state];
 }
 
