@@ -469,7 +469,7 @@ func (r *room) away() error {
 	if r.broker == nil {
 		return nil
 	}
-	return r.broker.whyAway()
+	return r.broker.away()
 }
 
 // say puts a line into the room unless its key is there already, and returns the id of the message
@@ -1012,7 +1012,8 @@ func unfit(name string) (r rune, found bool) {
 		switch {
 		case strings.ContainsRune(":[]\ufffc", r), marks > maxMarks,
 			latin && unicode.In(r, unicode.Cyrillic, unicode.Greek),
-			r != ' ' && (invisible(r) || !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S)):
+			r != ' ' && invisible(r),
+			r != ' ' && !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S):
 			return r, true
 		}
 	}
@@ -1080,7 +1081,8 @@ func parseSession(value string) (session, bool) {
 	}
 	expires, err := strconv.ParseInt(part[1], 10, 64)
 	name, err2 := base64.RawURLEncoding.DecodeString(part[3])
-	return session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}, err == nil && err2 == nil
+	s := session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}
+	return s, err == nil && err2 == nil
 }
 
 // young tells whether the key was drawn so lately that an older one may yet turn out to be the
@@ -1214,10 +1216,9 @@ type server struct {
 	signer atomic.Pointer[signer] // nil while the key is not known
 	urls   []string               // where the room can be opened
 
-	pages   *template.Template
-	texts   map[string]map[string]string // language → key → text
-	mux     *http.ServeMux
-	process string // which process this is, for the lesson
+	pages *template.Template
+	texts map[string]map[string]string // language → key → text
+	mux   *http.ServeMux
 
 	posts, floods, logins, guesses limiter // by session or address, and three by address
 	refused                        tally   // by these
@@ -1237,14 +1238,10 @@ type server struct {
 // already raised the limit to more than the answer here.
 func fileLimit() int {
 	limits, _ := os.ReadFile("/proc/self/limits")
-	for line := range strings.Lines(string(limits)) {
-		if rest, ok := strings.CutPrefix(line, "Max open files"); ok {
-			if n, err := strconv.Atoi(strings.Fields(rest)[0]); err == nil {
-				return n
-			}
-		}
-	}
-	return 8192
+	_, files, _ := strings.Cut(string(limits), "\nMax open files")
+	n := 8192
+	fmt.Sscan(files, &n) // leaves it where the limit is no number
+	return n
 }
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
@@ -1263,8 +1260,6 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 		setKey(cmp.Or(cfg.key, rand.Text()))
 	}
 	s.mux = s.routes()
-	host, _ := os.Hostname()
-	s.process = fmt.Sprintf("%s, process %d", cmp.Or(host, "this machine"), os.Getpid())
 	return s, s.loadAssets()
 }
 
@@ -1339,8 +1334,8 @@ func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
 func (s *server) tellFull() {
 	last, now := s.toldFull.Load(), time.Now().UnixNano()
 	if now-last > int64(floodPause) && s.toldFull.CompareAndSwap(last, now) {
-		s.logf("full: %d of %d connections are open, %d of them may be streams; "+
-			"a higher limit of open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
+		s.logf("full: %d of %d connections are open, %d of them may be streams; a higher limit of "+
+			"open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
 	}
 }
 
@@ -1396,9 +1391,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // protect bounds what a page, or a worker's script, may load and tell others. Other answers go
 // without: the 204 of a post would hold little else.
 func protect(h http.Header) {
-	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "+
-		"connect-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "+
-		"require-trusted-types-for 'script'")
+	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; "+
+		"img-src 'self'; connect-src 'self'; worker-src 'self'; form-action 'self'; "+
+		"base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Referrer-Policy", "same-origin") // with no-referrer a form's Origin would be null
 }
@@ -1421,9 +1416,8 @@ func setRetryAfter(w http.ResponseWriter, wait time.Duration) {
 func (s *server) sameOrigin(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if s.cfg.origins.Check(r) != nil {
-			http.Error(w, "this request came from a page of another site; "+
-				"if a proxy changes the Host header, start chat with -origin and the address that people open",
-				http.StatusForbidden)
+			http.Error(w, "this request came from a page of another site; if a proxy changes the Host "+
+				"header, start chat with -origin and the address that people open", http.StatusForbidden)
 			return
 		}
 		next(w, r)
@@ -1514,7 +1508,8 @@ func parseIP(text string) netip.Addr {
 // URL standard does: net/http also refuses a bare semicolon, which curl -d sends.
 func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	const formType = "application/x-www-form-urlencoded"
-	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != formType {
+	kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || kind != formType {
 		http.Error(w, "want a form: Content-Type "+formType, http.StatusUnsupportedMediaType)
 		return nil, false
 	}
@@ -1622,19 +1617,14 @@ func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
 		unavailable(w, cannotTell)
 		return
 	}
-	rememberPage(w, r.URL.RequestURI())
+	http.SetCookie(w, &http.Cookie{Name: nextName, Value: url.QueryEscape(r.URL.RequestURI()),
+		Path: "/", MaxAge: 600, SameSite: http.SameSiteLaxMode})
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
 }
 
 // nextName is the name of the cookie with the page that sent somebody to the login, which leads back
 // there. The pages' script sets it too.
 const nextName = "chat_next"
-
-func rememberPage(w http.ResponseWriter, page string) {
-	if page == "/lesson" || page == "/?view=projector" {
-		http.SetCookie(w, &http.Cookie{Name: nextName, Value: url.QueryEscape(page), Path: "/", MaxAge: 600, SameSite: http.SameSiteLaxMode})
-	}
-}
 
 // nextPage is where a login leads, once.
 func nextPage(w http.ResponseWriter, r *http.Request) string {
@@ -1752,9 +1742,11 @@ func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
 	s.showLogin(w, r, http.StatusOK, sess.name, reason)
 }
 
-func (s *server) showLogin(w http.ResponseWriter, r *http.Request, status int, name, reason string) {
+func (s *server) showLogin(
+	w http.ResponseWriter, r *http.Request, status int, name, reason string) {
 	key, char, _ := strings.Cut(reason, " ")
-	s.show(w, r, status, "login.html", view{Name: name, Error: key, Char: char, Password: s.cfg.password != ""})
+	s.show(w, r, status, "login.html",
+		view{Name: name, Error: key, Char: char, Password: s.cfg.password != ""})
 }
 
 func (s *server) login(w http.ResponseWriter, r *http.Request) {
@@ -1846,7 +1838,8 @@ func (s *server) take(ctx context.Context, from session, address, key, text stri
 	}
 	text, cut := clean(text, maxMessage)
 	if cut {
-		return http.StatusRequestEntityTooLarge, fmt.Sprintf("message is over %d characters", maxMessage), 0
+		why := fmt.Sprintf("message is over %d characters", maxMessage)
+		return http.StatusRequestEntityTooLarge, why, 0
 	}
 	if id := s.room.log.idOf(key); id != "" {
 		return http.StatusNoContent, id, 0
@@ -1881,8 +1874,10 @@ func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
 		turnAway(w, r, who)
 		return
 	}
-	s.show(w, r, http.StatusOK, "lesson.html",
-		view{Redis: s.cfg.redis != nil, Channel: s.cfg.channel, Process: s.process, Join: s.joinURL(r)})
+	host, _ := os.Hostname()
+	s.show(w, r, http.StatusOK, "lesson.html", view{
+		Redis: s.cfg.redis != nil, Channel: s.cfg.channel, Join: s.joinURL(r),
+		Process: fmt.Sprintf("%s, process %d", cmp.Or(host, "this machine"), os.Getpid())})
 }
 
 func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
@@ -1932,15 +1927,16 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	put("chat_readers_limit", "Streams among these at most.", s.maxStreams)
 	refused := s.refused.totals()
 	for _, what := range slices.Sorted(maps.Keys(refused)) {
-		put(fmt.Sprintf("chat_refused_total{what=%q}", what), "What the limits refused.", refused[what])
+		name := fmt.Sprintf("chat_refused_total{what=%q}", what)
+		put(name, "What the limits refused.", refused[what])
 	}
 	s.mu.Lock()
 	put("chat_readers", "Open streams.", len(s.streams))
 	s.mu.Unlock()
 	put("chat_messages_held", "Entries of the log.", s.room.log.held())
 	if s.cfg.redis != nil {
-		joined := map[bool]int{true: 1}[s.room.away() == nil]
-		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.", joined)
+		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.",
+			map[bool]int{true: 1}[s.room.away() == nil])
 	}
 }
 
@@ -2307,8 +2303,8 @@ func guarded(f func() error) (err error) {
 	return f()
 }
 
-// whyAway returns why the room is away, nil while it is not.
-func (b *broker) whyAway() error {
+// away returns why the room is away, nil while it is not.
+func (b *broker) away() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.why
@@ -2359,7 +2355,7 @@ func (b *broker) publish(ctx context.Context, e entry) error {
 	if b.log.idOf(key) != "" {
 		return nil
 	}
-	if why := b.whyAway(); why != nil {
+	if why := b.away(); why != nil {
 		return why
 	}
 	p := &post{e, make(chan error, 1)}
