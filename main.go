@@ -139,7 +139,7 @@ import (
 )
 
 const (
-	ringSize   = 4096     // entries that the log holds, and those of the Redis list that are history
+	ringSize   = 4096     // entries of the log, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
 	maxName    = 24       // code points of a name
 	maxMarks   = 3        // marks in a row in a name, on one letter
@@ -165,11 +165,11 @@ const (
 	writeTimeout = 30 * time.Second       // for a reader to take one block
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
-	readBuffer   = 4 << 10                // bytes the kernel takes from a reader, who has nothing to say
-	askTimeout   = 2 * time.Second        // how long a poll waits at least for its place to be known
+	readBuffer   = 4 << 10                // bytes it takes from a reader, who has nothing to say
+	askTimeout   = 2 * time.Second        // that a poll waits at least for its place to be known
 	maxWait      = time.Minute            // longest ?wait=
-	maxPoll      = 64 << 10               // bytes after which a long poll ends though there is more
-	retryLow     = 1000                   // ms after which readers of a process that ends come back,
+	maxPoll      = 64 << 10               // bytes after which a long poll ends, too
+	retryLow     = 1000                   // ms after which readers come back when the process ends,
 	retryHigh    = 4000                   // spread up to this
 	pollRetry    = 2000                   // ms between polls
 	longLow      = 200                    // ms between long polls,
@@ -185,15 +185,14 @@ const (
 	joinTimeout    = 10 * time.Second       // the first time behind all that came with the list
 	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
 	maxBackoff     = 2 * time.Second        // this, each half as long to half as long again
-	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back; see identify
+	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
-	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room has gone
+	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room
 
-	spareFiles = 24          // descriptors that connections must leave: Redis, its redial, the listener
+	spareFiles = 24          // descriptors that connections leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken
-	fullPause  = time.Minute // between two words in the log that all are taken
-	floodPause = time.Minute // between two words in the log on what the limits refuse
+	floodPause = time.Minute // between two words in the log on what is refused
 )
 
 //go:embed assets
@@ -217,7 +216,8 @@ func main() {
 //
 // When ctx ends the log closes, which ends every stream; requests see their context end; what is
 // left after stopTimeout is cut off.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+func run(ctx context.Context, args []string, getenv func(string) string,
+	stdout, stderr io.Writer) error {
 	cfg, err := configure(args, getenv, stdout)
 	if err != nil || cfg == nil {
 		return err
@@ -288,8 +288,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags := flag.NewFlagSet("chat", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.addr, "addr", ":8989", "address to listen on, `host:port`")
-	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or rediss:// URL\n"+
-		"(default $REDIS_URL; when that is empty, a room in memory)")
+	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or "+
+		"rediss:// URL\n(default $REDIS_URL; when that is empty, a room in memory)")
 	flags.StringVar(&c.channel, "channel", "chat", "Redis channel `name` of the room")
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
@@ -298,17 +298,18 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 		"may be repeated, the first is the address to join", c.trust)
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
 		flags.SetOutput(stdout)
+		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
 		flags.PrintDefaults()
-		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, CHAT_PASSWORD closes the room.\n")
+		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, "+
+			"CHAT_PASSWORD closes the room.\n")
 		return nil, nil
 	} else if err != nil {
 		return nil, usagef("%s", strings.ReplaceAll(redact(err.Error()), "\n", " "))
 	}
 	if flags.NArg() > 0 {
-		return nil, usagef("unexpected argument %q; an address goes behind -addr, as in -addr :8990",
-			redact(flags.Arg(0)))
+		return nil, usagef("unexpected argument %q; "+
+			"an address goes behind -addr, as in -addr :8990", redact(flags.Arg(0)))
 	}
 	if *version {
 		fmt.Fprintln(stdout, versionLine())
@@ -320,8 +321,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 			return nil, err
 		}
 	}
-	zone := strings.TrimPrefix(getenv("TZ"), ":")
-	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' { // Go would take UTC and say nothing
+	zone := strings.TrimPrefix(getenv("TZ"), ":") // of another one Go would make UTC and say nothing
+	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' {
 		return nil, usagef("TZ wants a name such as Asia/Shanghai, not %q", redact(zone))
 	}
 	return c, c.check()
@@ -338,19 +339,17 @@ func (c *config) check() error {
 	if !(c.rate >= 0) || math.IsInf(c.rate, 0) || c.rate > 0 && c.rate < 0.001 {
 		return usagef("-rate wants messages a second, or 0 for no limit, not %v", c.rate)
 	}
-	for _, end := range []string{":id", ":probe", ":history", ":key", ":here", ":act", ":state"} {
-		if strings.HasSuffix(c.channel, end) {
-			return usagef("-channel wants a name that does not end like what stands beside a room: %q", redact(c.channel))
-		}
-	}
 	for name, value := range map[string]string{"CHAT_KEY": c.key, "CHAT_PASSWORD": c.password} {
 		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
 			return usagef("%s wants one line of text, in UTF-8 and without control characters", name)
 		}
 	}
 	odd := func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }
-	if c.channel == "" || strings.ContainsFunc(c.channel, odd) {
-		return usagef("-channel wants a name without spaces, not %q", redact(c.channel))
+	beside := []string{":id", ":probe", ":history", ":key", ":here", ":act", ":state"}
+	if c.channel == "" || strings.ContainsFunc(c.channel, odd) || slices.ContainsFunc(beside,
+		func(end string) bool { return strings.HasSuffix(c.channel, end) }) {
+		return usagef("-channel wants a name without spaces that does not end in %s, not %q",
+			strings.Join(beside, " "), redact(c.channel))
 	}
 	return nil
 }
@@ -365,8 +364,8 @@ func splitAddr(addr string) (host, port string, ok bool) {
 // parseRedis reads the value of -redis. Its errors do not repeat the value, which may hold a
 // password.
 func parseRedis(text string) (*url.URL, error) {
-	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as localhost:6379; " +
-		"/ # ? and %% of a password are written %%2F %%23 %%3F and %%25")
+	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as " +
+		"localhost:6379; / # ? and %% of a password are written %%2F %%23 %%3F and %%25")
 	if !strings.Contains(text, "://") {
 		host, port, ok := splitAddr(text)
 		if !ok {
@@ -375,15 +374,17 @@ func parseRedis(text string) (*url.URL, error) {
 		text = "redis://" + net.JoinHostPort(cmp.Or(host, "localhost"), port)
 	}
 	u, err := url.Parse(text)
-	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Opaque != "" || u.Hostname() == "" {
+	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Hostname() == "" ||
+		u.RawQuery != "" || u.Fragment != "" {
 		return nil, bad
 	}
-	_, _, portOK := splitAddr(u.Host)
-	switch db := strings.Trim(u.Path, "/"); {
-	case u.RawQuery != "" || u.Fragment != "" || u.Port() != "" && !portOK:
+	if _, _, ok := splitAddr(u.Host); u.Port() != "" && !ok {
 		return nil, bad
-	case db != "" && db != "0": // PUBLISH knows no databases: rooms in two of them would mix
-		return nil, usagef("-redis (or REDIS_URL) wants no database; rooms on one Redis are told apart by -channel")
+	}
+	if db := strings.Trim(u.Path, "/"); db != "" && db != "0" {
+		// PUBLISH knows no databases: rooms in two of them would mix.
+		return nil, usagef("-redis (or REDIS_URL) wants no database; " +
+			"rooms on one Redis are told apart by -channel")
 	}
 	return u, nil
 }
@@ -468,7 +469,7 @@ func (r *room) away() error {
 	if r.broker == nil {
 		return nil
 	}
-	return r.broker.whyAway()
+	return r.broker.away()
 }
 
 // say puts a line into the room unless its key is there already, and returns the id of the message
@@ -687,14 +688,7 @@ func (l *Log) entries() (all []entry) {
 }
 
 // held returns how many entries there are.
-func (l *Log) held() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.ring == nil {
-		return 0
-	}
-	return int(l.ring.next - l.ring.oldest)
-}
+func (l *Log) held() int { return len(l.entries()) }
 
 // close ends every reader once it has read to the end.
 func (l *Log) close() {
@@ -920,9 +914,8 @@ func retryLine(low, high int) []byte {
 
 // validKey tells whether s can be an Idempotency-Key.
 func validKey(s string) bool {
-	return len(s) >= 16 && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
-		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '_' || r == '-')
-	})
+	const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	return len(s) >= 16 && len(s) <= 64 && strings.Trim(s, letters+"0123456789_-") == ""
 }
 
 // validID tells whether s can be the id of an entry, so that it may be on its way from Redis.
@@ -937,7 +930,8 @@ func validID(s string) bool {
 // announcedID tells whether s can be the id of an entry that is not a foreign line.
 func announcedID(s string) bool {
 	key, tail, _ := strings.Cut(s, "~")
-	return validKey(key) && len(tail) == 8 && strings.Trim(tail, "abcdefghijklmnopqrstuvwxyz234567") == ""
+	return validKey(key) && len(tail) == 8 &&
+		strings.Trim(tail, "abcdefghijklmnopqrstuvwxyz234567") == ""
 }
 
 // clean returns s as the room shows it: CRLF and whatever ends a line somewhere are line breaks
@@ -1018,7 +1012,8 @@ func unfit(name string) (r rune, found bool) {
 		switch {
 		case strings.ContainsRune(":[]\ufffc", r), marks > maxMarks,
 			latin && unicode.In(r, unicode.Cyrillic, unicode.Greek),
-			r != ' ' && (invisible(r) || !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S)):
+			r != ' ' && invisible(r),
+			r != ' ' && !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S):
 			return r, true
 		}
 	}
@@ -1086,7 +1081,8 @@ func parseSession(value string) (session, bool) {
 	}
 	expires, err := strconv.ParseInt(part[1], 10, 64)
 	name, err2 := base64.RawURLEncoding.DecodeString(part[3])
-	return session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}, err == nil && err2 == nil
+	s := session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}
+	return s, err == nil && err2 == nil
 }
 
 // young tells whether the key was drawn so lately that an older one may yet turn out to be the
@@ -1220,10 +1216,9 @@ type server struct {
 	signer atomic.Pointer[signer] // nil while the key is not known
 	urls   []string               // where the room can be opened
 
-	pages   *template.Template
-	texts   map[string]map[string]string // language → key → text
-	mux     *http.ServeMux
-	process string // which process this is, for the lesson
+	pages *template.Template
+	texts map[string]map[string]string // language → key → text
+	mux   *http.ServeMux
 
 	posts, floods, logins, guesses limiter // by session or address, and three by address
 	refused                        tally   // by these
@@ -1243,14 +1238,10 @@ type server struct {
 // already raised the limit to more than the answer here.
 func fileLimit() int {
 	limits, _ := os.ReadFile("/proc/self/limits")
-	for line := range strings.Lines(string(limits)) {
-		if rest, ok := strings.CutPrefix(line, "Max open files"); ok {
-			if n, err := strconv.Atoi(strings.Fields(rest)[0]); err == nil {
-				return n
-			}
-		}
-	}
-	return 8192
+	_, files, _ := strings.Cut(string(limits), "\nMax open files")
+	n := 8192
+	fmt.Sscan(files, &n) // leaves it where the limit is no number
+	return n
 }
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
@@ -1269,8 +1260,6 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 		setKey(cmp.Or(cfg.key, rand.Text()))
 	}
 	s.mux = s.routes()
-	host, _ := os.Hostname()
-	s.process = fmt.Sprintf("%s, process %d", cmp.Or(host, "this machine"), os.Getpid())
 	return s, s.loadAssets()
 }
 
@@ -1344,9 +1333,9 @@ func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
 // tellFull logs, at most once in a while, that not everybody finds room.
 func (s *server) tellFull() {
 	last, now := s.toldFull.Load(), time.Now().UnixNano()
-	if now-last > int64(fullPause) && s.toldFull.CompareAndSwap(last, now) {
-		s.logf("full: %d of %d connections are open, %d of them may be streams; "+
-			"a higher limit of open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
+	if now-last > int64(floodPause) && s.toldFull.CompareAndSwap(last, now) {
+		s.logf("full: %d of %d connections are open, %d of them may be streams; a higher limit of "+
+			"open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
 	}
 }
 
@@ -1402,9 +1391,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // protect bounds what a page, or a worker's script, may load and tell others. Other answers go
 // without: the 204 of a post would hold little else.
 func protect(h http.Header) {
-	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "+
-		"connect-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "+
-		"require-trusted-types-for 'script'")
+	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; "+
+		"img-src 'self'; connect-src 'self'; worker-src 'self'; form-action 'self'; "+
+		"base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Referrer-Policy", "same-origin") // with no-referrer a form's Origin would be null
 }
@@ -1427,9 +1416,8 @@ func setRetryAfter(w http.ResponseWriter, wait time.Duration) {
 func (s *server) sameOrigin(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if s.cfg.origins.Check(r) != nil {
-			http.Error(w, "this request came from a page of another site; "+
-				"if a proxy changes the Host header, start chat with -origin and the address that people open",
-				http.StatusForbidden)
+			http.Error(w, "this request came from a page of another site; if a proxy changes the Host "+
+				"header, start chat with -origin and the address that people open", http.StatusForbidden)
 			return
 		}
 		next(w, r)
@@ -1520,13 +1508,15 @@ func parseIP(text string) netip.Addr {
 // URL standard does: net/http also refuses a bare semicolon, which curl -d sends.
 func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	const formType = "application/x-www-form-urlencoded"
-	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != formType {
+	kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || kind != formType {
 		http.Error(w, "want a form: Content-Type "+formType, http.StatusUnsupportedMediaType)
 		return nil, false
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if _, tooBig := errors.AsType[*http.MaxBytesError](err); tooBig {
-		http.Error(w, fmt.Sprintf("the form is over %d bytes", maxBody), http.StatusRequestEntityTooLarge)
+		why := fmt.Sprintf("the form is over %d bytes", maxBody)
+		http.Error(w, why, http.StatusRequestEntityTooLarge)
 		return nil, false
 	}
 	if err != nil {
@@ -1536,9 +1526,8 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	form, err := parseForm(string(body))
 	if err != nil {
 		http.Error(w, "the form is broken", http.StatusBadRequest)
-		return nil, false
 	}
-	return form, true
+	return form, err == nil
 }
 
 func parseForm(body string) (url.Values, error) {
@@ -1628,19 +1617,14 @@ func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
 		unavailable(w, cannotTell)
 		return
 	}
-	rememberPage(w, r.URL.RequestURI())
+	http.SetCookie(w, &http.Cookie{Name: nextName, Value: url.QueryEscape(r.URL.RequestURI()),
+		Path: "/", MaxAge: 600, SameSite: http.SameSiteLaxMode})
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
 }
 
 // nextName is the name of the cookie with the page that sent somebody to the login, which leads back
 // there. The pages' script sets it too.
 const nextName = "chat_next"
-
-func rememberPage(w http.ResponseWriter, page string) {
-	if page == "/lesson" || page == "/?view=projector" {
-		http.SetCookie(w, &http.Cookie{Name: nextName, Value: url.QueryEscape(page), Path: "/", MaxAge: 600, SameSite: http.SameSiteLaxMode})
-	}
-}
 
 // nextPage is where a login leads, once.
 func nextPage(w http.ResponseWriter, r *http.Request) string {
@@ -1655,22 +1639,22 @@ func nextPage(w http.ResponseWriter, r *http.Request) string {
 }
 
 // roomURLs lists the addresses at which the room can be opened, the likeliest first.
-func roomURLs(addr net.Addr) []string {
+func roomURLs(addr net.Addr) (urls []string) {
 	tcp := addr.(*net.TCPAddr)
 	hosts := []string{tcp.IP.String()}
 	if tcp.IP.IsUnspecified() {
 		out := ""
 		// Connecting a UDP socket sends nothing; it asks the kernel for a route.
 		if c, err := net.Dial("udp4", "192.0.2.1:9"); err == nil {
-			out, _, _ = net.SplitHostPort(c.LocalAddr().String())
+			out = c.LocalAddr().(*net.UDPAddr).IP.String()
 			c.Close()
 		}
 		hosts = append([]string{"localhost"}, likeliest(ownAddresses(), out, tcp.IP.To4() == nil)...)
 	}
-	for i, host := range hosts {
-		hosts[i] = "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
+	for _, host := range hosts {
+		urls = append(urls, "http://"+net.JoinHostPort(host, strconv.Itoa(tcp.Port)))
 	}
-	return hosts
+	return urls
 }
 
 // An ownAddress is an address of this machine.
@@ -1684,36 +1668,36 @@ type ownAddress struct {
 func ownAddresses() (own []ownAddress) {
 	links, _ := net.Interfaces()
 	for _, link := range links {
-		addrs, _ := link.Addrs()
+		if link.Flags&net.FlagLoopback != 0 || link.Flags&net.FlagRunning == 0 {
+			continue
+		}
 		_, err := os.Stat("/sys/class/net/" + link.Name + "/bridge")
-		bridge := err == nil
+		addrs, _ := link.Addrs()
 		for _, a := range addrs {
-			prefix, err := netip.ParsePrefix(a.String())
-			if err == nil && link.Flags&net.FlagRunning != 0 && !prefix.Addr().IsLoopback() {
-				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, bridge})
+			if prefix, noIP := netip.ParsePrefix(a.String()); noIP == nil {
+				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, err == nil})
 			}
 		}
 	}
 	return own
 }
 
-// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type
-// first: the one that has the way to the rest of the world, then other networks, then bridges
-// and tunnels. What machines give themselves on a switch without DHCP, and IPv6 if the room is
-// open there, is named only where nothing else is.
+// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type first:
+// the one that has the way out, other networks, bridges, tunnels. What machines give themselves on a
+// switch without DHCP, and IPv6 if the room is open there, is named only where nothing else is.
 func likeliest(own []ownAddress, out string, v6 bool) (hosts []string) {
-	own = slices.DeleteFunc(own, func(a ownAddress) bool { return a.ip.Is6() && !(v6 && a.ip.IsGlobalUnicast()) })
 	order := func(a ownAddress) string { // false comes before true
 		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, a.ip.String() != out, a.bridge)
 	}
 	slices.SortStableFunc(own, func(a, b ownAddress) int { return cmp.Compare(order(a), order(b)) })
-	for i, a := range own {
-		if i == 0 || a.ip.Is4() && a.ip.IsGlobalUnicast() {
+	for _, a := range own {
+		usual := a.ip.Is4() && a.ip.IsGlobalUnicast()
+		if usual || hosts == nil && (a.ip.Is4() || v6 && a.ip.IsGlobalUnicast()) {
 			hosts = append(hosts, a.ip.String())
 		}
 	}
-	if len(own) == 0 && out != "" { // Android does not list its links
-		return []string{out}
+	if hosts == nil && out != "" { // Android does not list its links
+		hosts = []string{out}
 	}
 	return hosts
 }
@@ -1758,9 +1742,11 @@ func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
 	s.showLogin(w, r, http.StatusOK, sess.name, reason)
 }
 
-func (s *server) showLogin(w http.ResponseWriter, r *http.Request, status int, name, reason string) {
+func (s *server) showLogin(
+	w http.ResponseWriter, r *http.Request, status int, name, reason string) {
 	key, char, _ := strings.Cut(reason, " ")
-	s.show(w, r, status, "login.html", view{Name: name, Error: key, Char: char, Password: s.cfg.password != ""})
+	s.show(w, r, status, "login.html",
+		view{Name: name, Error: key, Char: char, Password: s.cfg.password != ""})
 }
 
 func (s *server) login(w http.ResponseWriter, r *http.Request) {
@@ -1852,7 +1838,8 @@ func (s *server) take(ctx context.Context, from session, address, key, text stri
 	}
 	text, cut := clean(text, maxMessage)
 	if cut {
-		return http.StatusRequestEntityTooLarge, fmt.Sprintf("message is over %d characters", maxMessage), 0
+		why := fmt.Sprintf("message is over %d characters", maxMessage)
+		return http.StatusRequestEntityTooLarge, why, 0
 	}
 	if id := s.room.log.idOf(key); id != "" {
 		return http.StatusNoContent, id, 0
@@ -1887,8 +1874,10 @@ func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
 		turnAway(w, r, who)
 		return
 	}
-	s.show(w, r, http.StatusOK, "lesson.html",
-		view{Redis: s.cfg.redis != nil, Channel: s.cfg.channel, Process: s.process, Join: s.joinURL(r)})
+	host, _ := os.Hostname()
+	s.show(w, r, http.StatusOK, "lesson.html", view{
+		Redis: s.cfg.redis != nil, Channel: s.cfg.channel, Join: s.joinURL(r),
+		Process: fmt.Sprintf("%s, process %d", cmp.Or(host, "this machine"), os.Getpid())})
 }
 
 func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
@@ -1938,15 +1927,16 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	put("chat_readers_limit", "Streams among these at most.", s.maxStreams)
 	refused := s.refused.totals()
 	for _, what := range slices.Sorted(maps.Keys(refused)) {
-		put(fmt.Sprintf("chat_refused_total{what=%q}", what), "What the limits refused.", refused[what])
+		name := fmt.Sprintf("chat_refused_total{what=%q}", what)
+		put(name, "What the limits refused.", refused[what])
 	}
 	s.mu.Lock()
 	put("chat_readers", "Open streams.", len(s.streams))
 	s.mu.Unlock()
 	put("chat_messages_held", "Entries of the log.", s.room.log.held())
 	if s.cfg.redis != nil {
-		joined := map[bool]int{true: 1}[s.room.away() == nil]
-		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.", joined)
+		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.",
+			map[bool]int{true: 1}[s.room.away() == nil])
 	}
 }
 
@@ -2245,13 +2235,11 @@ func nextPause(pause, stayed time.Duration) time.Duration {
 // setAway notes why the room is away, and says so, each reason once until it is joined again.
 func (b *broker) setAway(why error) {
 	b.mu.Lock()
-	if b.told == nil {
-		b.since, b.told = time.Now(), map[string]bool{}
-	}
 	words, state, hint := inWords(why), "still away", ""
-	if len(b.told) == 0 {
-		state = "away, trying again until it answers"
-		if op, ok := errors.AsType[*net.OpError](why); b.why == errNotJoined && ok && op.Op == "dial" {
+	if b.told == nil {
+		b.since, b.told, state = time.Now(), map[string]bool{}, "away, trying again until it answers"
+		op, network := errors.AsType[*net.OpError](why)
+		if b.why == errNotJoined && network && op.Op == "dial" {
 			hint = "; start it, or leave -redis out for a room in memory"
 		}
 	}
@@ -2315,8 +2303,8 @@ func guarded(f func() error) (err error) {
 	return f()
 }
 
-// whyAway returns why the room is away, nil while it is not.
-func (b *broker) whyAway() error {
+// away returns why the room is away, nil while it is not.
+func (b *broker) away() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.why
@@ -2364,32 +2352,27 @@ func (b *broker) arrive() {
 // sure.
 func (b *broker) publish(ctx context.Context, e entry) error {
 	key := keyOf(e.id)
-	if id, _ := b.log.has(key); id != "" {
+	if b.log.idOf(key) != "" {
 		return nil
 	}
-	if why := b.whyAway(); why != nil {
+	if why := b.away(); why != nil {
 		return why
 	}
 	p := &post{e, make(chan error, 1)}
-	select {
-	case b.outgoing <- p:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case err := <-p.done:
-		if err != nil {
-			return err
-		}
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	outgoing, sent := b.outgoing, false
 	for {
 		id, wake := b.log.has(key)
-		if id != "" {
+		if id != "" && sent {
 			return nil
 		}
 		select {
+		case outgoing <- p:
+			outgoing = nil
+		case err := <-p.done:
+			if err != nil {
+				return err
+			}
+			sent = true
 		case <-wake:
 		case <-ctx.Done():
 			return ctx.Err()
@@ -2571,26 +2554,32 @@ func (b *broker) subscribe(c redis.Conn) error {
 	return nil
 }
 
-// commit runs a transaction of so many commands and returns their replies.
-func commit(c redis.Conn, want int) ([]any, error) {
-	reply, err := c.Do("EXEC")
-	return results(reply, err, want)
+// commit runs a transaction that was sent but for its EXEC, and returns the replies inside of it.
+func commit(c redis.Conn) ([]any, error) {
+	c.Send("EXEC")
+	replies, err := redis.Values(c.Do("")) // to all that was sent
+	if err != nil {
+		return nil, err
+	}
+	return results(replies)
 }
 
-// results returns the replies inside an EXEC, as many as wanted. An error among them counts as the
-// whole's: Redis runs the other commands all the same. It returns redis.ErrNil when a WATCH made
-// EXEC do nothing.
-func results(reply any, err error, want int) ([]any, error) {
-	replies, err := redis.Values(reply, err)
-	for _, r := range replies {
+// results takes the replies to MULTI, the commands and EXEC, and returns those inside of the EXEC. An
+// error among any counts as the whole's: Redis runs the other commands all the same, and that of a
+// command says more than that EXEC discarded it. It is redis.ErrNil when a WATCH made EXEC do
+// nothing.
+func results(replies []any) ([]any, error) {
+	want := len(replies) - 2
+	inside, err := redis.Values(replies[want+1], nil)
+	for _, r := range slices.Concat(replies, inside) {
 		if e, bad := r.(redis.Error); bad {
 			return nil, e
 		}
 	}
-	if err == nil && len(replies) != want {
-		err = fmt.Errorf("a transaction of %d commands has %d answers", want, len(replies))
+	if err == nil && len(inside) != want {
+		err = fmt.Errorf("a transaction of %d commands has %d answers", want, len(inside))
 	}
-	return replies, err
+	return inside, err
 }
 
 // parseList reads the list's items, and counts all of them. What is not "<id> <line>" is not ours
@@ -2633,7 +2622,7 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 		c.Send("MULTI")
 		c.Send("LRANGE", b.channel+":history", 0, -1)
 		c.Send("PUBLISH", b.channel+":probe", f.word)
-		replies, err := commit(c, 2)
+		replies, err := commit(c)
 		if err != nil {
 			return nil, err
 		}
@@ -2672,7 +2661,7 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 		c.Send("RPUSH", name, e.id+" "+toRedis(e.line))
 	}
 	c.Send("PUBLISH", b.channel+":probe", rewritten+f.word)
-	if _, err = commit(c, len(items)+2); err == nil {
+	if _, err = commit(c); err == nil {
 		f.begin(log, rewritten+f.word, len(items), false)
 		b.logf("redis had forgotten; the history was written back, %d messages", len(items))
 	}
@@ -2894,7 +2883,7 @@ func (b *broker) sync(c redis.Conn, f *feed) error {
 	c.Send("EXPIRE", b.channel+":history", int(keptFor.Seconds()))
 	c.Send("EXPIRE", b.channel+":key", int(keptFor.Seconds()))
 	c.Send("PUBLISH", b.channel+":probe", f.word)
-	replies, err := commit(c, 6)
+	replies, err := commit(c)
 	if err != nil {
 		return err
 	}
@@ -2939,16 +2928,17 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
 		c.Send("PUBLISH", b.channel, line)
 		c.Send("EXEC")
 	}
-	if err = c.Flush(); err != nil {
+	replies, err := redis.Values(c.Do(""))
+	if err != nil {
 		return err
 	}
 	forgot := false
-	for len(batch) > 0 {
-		replies, err := receiveExec(c)
+	for one := range slices.Chunk(replies, 6) {
+		inside, err := results(one)
 		if err != nil {
 			return err
 		}
-		if length, _ := replies[0].(int64); length <= least {
+		if length, _ := inside[0].(int64); length <= least {
 			forgot = true
 		}
 		batch[0].done <- nil
@@ -2958,23 +2948,4 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
 		return errForgot
 	}
 	return nil
-}
-
-// receiveExec receives the replies to MULTI, four queued commands and EXEC.
-func receiveExec(c redis.Conn) ([]any, error) {
-	var first error
-	for range 5 {
-		if _, err := c.Receive(); err != nil && first == nil {
-			first = err
-		}
-		if c.Err() != nil {
-			return nil, first
-		}
-	}
-	reply, err := c.Receive()
-	replies, err := results(reply, err, 4)
-	if first != nil {
-		err = first // says more than that the transaction was discarded
-	}
-	return replies, err
 }
