@@ -115,7 +115,7 @@ const inbox = {
   /** When the last ten came. @type {number[]} */
   times: [],
   backlog: true,                    // until the backlog is complete
-  isCalm: false,                    // few rows come at once: they may be seen to come
+  isCalm: false,                    // few messages come: they may be seen to come
   unread: 0,                        // messages that came while the tab was hidden …
   firstUnread: '',                  // … and the key of the first of them
   /** Rows of letters that have arrived, to go when the message itself is put in. @type {any[]} */
@@ -153,7 +153,7 @@ const inbox = {
     this.queue = [];
     if (fresh.length >= list.room()) list.clear(); // more than fits: nothing older can stay
     this.announce(fresh.length);
-    this.isCalm = !this.backlog && fresh.length < 4;
+    this.isCalm = !this.backlog && this.times.length < 4;
     for (const e of batch) history.put(e);
     if (this.firstUnread) list.markNew(this.firstUnread);
     this.firstUnread = '';
@@ -337,6 +337,7 @@ function fill(node, text) {
   const lines = text.split('\n').length, isLong = length(text) > CHARS || lines > LINES;
   const all = pieces(isLong ? text.slice(0, CHARS) : text);
   node.parentElement?.classList.toggle('broad', text.length > CHARS / 2 || all.some((p) => p.kind === 'block'));
+  node.parentElement?.classList.toggle('marked', /\p{M}{3}/u.test(text));
   node.append(render(isLong ? cut(all, ...SHOWN)[0] : all));
   if (isLong) folds.fold(node, text, lines > LINES ? say('show_all', lines) : T.show_rest);
   else if (text.length > CHARS / 6 || lines > LINES / 3) folds.unsure.push(node);
