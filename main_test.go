@@ -8308,7 +8308,7 @@ func (b *browser) widths(page string) {
 					wrong.push('cut off: ' + node.data.trim().slice(0, 20));
 			}
 			for (const node of $$('button, nav a, input, textarea').filter(seen))
-				if (node.getBoundingClientRect().height < 44) wrong.push('not 44 px: ' + node.outerHTML.slice(0, 60));
+				if (node.getBoundingClientRect().height < 43.99) wrong.push('not 44 px but ' + node.getBoundingClientRect().height + ': ' + node.outerHTML.slice(0, 60));
 			for (const node of $$('input, textarea, #log .text'))
 				if (parseFloat(getComputedStyle(node).fontSize) < 16) wrong.push('under 16 px: ' + node.outerHTML.slice(0, 40));
 			for (const node of $$('#log .row')) if (node.clientWidth > 760) wrong.push('a line of ' + node.clientWidth + ' px');
