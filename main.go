@@ -487,7 +487,11 @@ func (r *room) say(ctx context.Context, key, line string) (id string, err error)
 	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
 	over := make(chan struct{})
-	for first, taken := r.onWay.LoadOrStore(key, over); taken; first, taken = r.onWay.LoadOrStore(key, over) {
+	for {
+		first, taken := r.onWay.LoadOrStore(key, over)
+		if !taken {
+			break
+		}
 		select {
 		case <-first.(chan struct{}):
 		case <-ctx.Done():
@@ -595,12 +599,12 @@ func (e entry) gap() bool { return e.line == gapLine && e.act() }
 
 // A cursor is the place of one reader. Only its reader uses it.
 type cursor struct {
-	after string          // until the place is found: the id that the reader has, "" for a newcomer
+	after string          // until the place is found: the id that it has, "" for a newcomer
 	trip  <-chan struct{} // until then: closed when a round trip shows that the id is nowhere
 	ring  *ring           // nil until the place is found
 	pos   uint64          // position to read next
-	told  uint64          // gaps before this position are none to this reader: it came later, or was told
-	goal  uint64          // position behind what there was when it found its place, or was told a gap
+	told  uint64          // gaps before this position it was told, or came after
+	goal  uint64          // where the log ended when it found its place, or was told a gap
 	beats uint64          // of the log, when this last read
 }
 
@@ -1209,6 +1213,8 @@ func (t *tally) totals() map[string]int {
 }
 
 // A server is the room as HTTP shows it.
+//
+// What has no other guard is set before the first request, and only read then.
 type server struct {
 	cfg    *config
 	logf   func(format string, args ...any)
@@ -1225,7 +1231,7 @@ type server struct {
 
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
-	toldFull             atomic.Int64 // when the log last said that they are too many, in Unix ns
+	full                 limiter      // of telling the log that they are too many
 
 	mu       sync.Mutex           // guards all below, and the conn of each stream until it runs
 	streams  map[*stream]struct{} // since before they take their connection over
@@ -1248,6 +1254,7 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf, streams: map[*stream]struct{}{}}
 	s.refused = tally{logf: logf, total: map[string]int{"logins": 0, "passwords": 0, "posts": 0}}
 	s.maxConns, s.maxStreams = capacity(fileLimit())
+	s.full = limiter{every: floodPause, burst: 1}
 	if cfg.rate > 0 {
 		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: postBurst}
 		s.floods = limiter{every: time.Second / floodRate, burst: floodBurst}
@@ -1332,8 +1339,7 @@ func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
 
 // tellFull logs, at most once in a while, that not everybody finds room.
 func (s *server) tellFull() {
-	last, now := s.toldFull.Load(), time.Now().UnixNano()
-	if now-last > int64(floodPause) && s.toldFull.CompareAndSwap(last, now) {
+	if s.full.take("", time.Now()) == 0 {
 		s.logf("full: %d of %d connections are open, %d of them may be streams; a higher limit of "+
 			"open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
 	}
@@ -2196,9 +2202,9 @@ var (
 )
 
 func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
-	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
-		gotKey: gotKey, log: l, logf: logf, outgoing: make(chan *post), asking: make(chan struct{}, 1),
-		why: errNotJoined}
+	return &broker{url: cfg.redis.String(), channel: cfg.channel, log: l, logf: logf,
+		key: cfg.key, ownKey: cfg.key != "", gotKey: gotKey,
+		outgoing: make(chan *post), asking: make(chan struct{}, 1), why: errNotJoined}
 }
 
 // run keeps the room joined until ctx ends. It logs changes of state, not attempts.
@@ -2270,16 +2276,18 @@ func (b *broker) setJoined() {
 func inWords(err error) string {
 	said, _ := errors.AsType[redis.Error](err)
 	text, _, _ := strings.Cut(string(said), ", with args")
-	quoted := fmt.Sprintf("%.200q", text)
+	kind, _, _ := strings.Cut(text, " ")
 	_, wrongTLS := errors.AsType[tls.RecordHeaderError](err)
 	op, network := errors.AsType[*net.OpError](err)
 	switch {
-	case strings.HasPrefix(text, "MOVED"), strings.HasPrefix(text, "CLUSTER"), strings.HasPrefix(text, "CROSSSLOT"):
-		return "this Redis is a cluster: name the node that has the room, whose keys -channel '{chat}' keeps together: " + quoted
+	case slices.Contains([]string{"MOVED", "CLUSTERDOWN", "CROSSSLOT"}, kind):
+		return fmt.Sprintf("this Redis is a cluster: name the node that has the room, "+
+			"whose keys -channel '{chat}' keeps together: %.200q", text)
 	case strings.Contains(text, "unknown command"):
-		return "this is a Sentinel, or a Redis without a command that a room needs; name the master, or a proxy that follows it: " + quoted
+		return fmt.Sprintf("this is a Sentinel, or a Redis without a command that a room needs; "+
+			"name the master, or a proxy that follows it: %.200q", text)
 	case text != "":
-		return quoted
+		return fmt.Sprintf("%.200q", text)
 	case wrongTLS:
 		return "this port speaks no TLS: it wants redis://"
 	case strings.HasPrefix(err.Error(), "redigo: "):
@@ -2508,12 +2516,13 @@ func (c timelyConn) SetReadDeadline(time.Time) error { return nil }
 // agree returns the value of a string that all processes of the room share and Redis may forget.
 // The first one sets it; whoever holds it puts it back. Of two values, one of which was set while
 // Redis had forgotten the other, one wins, and the other processes are made to join again.
-func (b *broker) agree(c redis.Conn, name, mine string, wins func(one, other string) bool) (string, error) {
+func (b *broker) agree(
+	c redis.Conn, name, mine string, wins func(one, other string) bool) (string, error) {
 	if _, err := c.Do("SET", name, mine, "NX"); err != nil {
 		return "", err
 	}
 	found, err := redis.String(c.Do("GET", name))
-	if err == nil && found == "" {
+	if err == redis.ErrNil || err == nil && found == "" {
 		err = fmt.Errorf("%s is empty", name)
 	}
 	if err != nil || found == mine || wins(found, mine) {
