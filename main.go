@@ -288,8 +288,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags := flag.NewFlagSet("chat", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.addr, "addr", ":8989", "address to listen on, `host:port`")
-	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or "+
-		"rediss:// URL\n(default $REDIS_URL; when that is empty, a room in memory)")
+	server := flags.String("redis", "", "`server` that shares the room: host:port, or a "+
+		"redis:// or rediss:// URL\n(default $REDIS_URL; when that is empty, a room in memory)")
 	flags.StringVar(&c.channel, "channel", "chat", "Redis channel `name` of the room")
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
@@ -321,7 +321,7 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 			return nil, err
 		}
 	}
-	zone := strings.TrimPrefix(getenv("TZ"), ":") // of another one Go would make UTC and say nothing
+	zone := strings.TrimPrefix(getenv("TZ"), ":") // Go takes a wrong one for UTC and says nothing
 	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' {
 		return nil, usagef("TZ wants a name such as Asia/Shanghai, not %q", redact(zone))
 	}
@@ -404,10 +404,11 @@ func (c *config) trust(text string) error {
 	host := u.Hostname()
 	if ip, noIP := netip.ParseAddr(host); noIP == nil {
 		host = ip.String()
-	} else if end := host[strings.LastIndexByte(host, '.')+1:]; strings.Trim(end, "0123456789") == "" {
+	} else if strings.Trim(host[strings.LastIndexByte(host, '.')+1:], "0123456789") == "" {
 		return bad // browsers make an address of 192.168.1 too, a longer one
 	}
-	if usual == "" || err != nil || strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.:") != "" {
+	const allowed = "abcdefghijklmnopqrstuvwxyz0123456789-_.:"
+	if usual == "" || err != nil || strings.Trim(host, allowed) != "" {
 		return bad
 	}
 	origin := u.Scheme + "://" + net.JoinHostPort(host, strconv.FormatUint(port, 10))
@@ -502,8 +503,7 @@ func (r *room) say(ctx context.Context, key, line string) (id string, err error)
 		r.onWay.Delete(key)
 		close(over)
 	}()
-	err = r.broker.publish(ctx, e)
-	return r.log.idOf(key), err
+	return r.broker.publish(ctx, e)
 }
 
 // next returns what a reader is to be told next, and moves its cursor behind that. An id that is
@@ -1122,7 +1122,7 @@ type limiter struct {
 
 	mu    sync.Mutex           // guards all below
 	whole map[string]time.Time // key → when its tokens are all back
-	limit int                  // above this size, keys whose moment has passed are taken out of whole
+	limit int                  // above this size, those whose moment has passed are taken out
 }
 
 // take takes a token, or returns how long until there is one.
@@ -1233,11 +1233,13 @@ type server struct {
 	conns                atomic.Int64 // open connections, streams among them
 	full                 limiter      // of telling the log that they are too many
 
-	mu       sync.Mutex           // guards all below, and the conn of each stream until it runs
-	streams  map[*stream]struct{} // since before they take their connection over
-	ending   bool                 // no stream may begin
-	cutOff   bool                 // no stream may go on
-	finished sync.WaitGroup       // those in streams
+	cut    context.Context // when it ends, so does the connection of every stream
+	cutOff func()
+
+	mu       sync.Mutex     // guards all below
+	streams  int            // since before they take their connection over
+	ending   bool           // no stream may begin
+	finished sync.WaitGroup // those in streams
 }
 
 // fileLimit returns how many descriptors the process may open. Linux tells; elsewhere Go has
@@ -1251,7 +1253,8 @@ func fileLimit() int {
 }
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
-	s := &server{cfg: cfg, logf: logf, streams: map[*stream]struct{}{}}
+	s := &server{cfg: cfg, logf: logf}
+	s.cut, s.cutOff = context.WithCancel(context.Background())
 	s.refused = tally{logf: logf, total: map[string]int{"logins": 0, "passwords": 0, "posts": 0}}
 	s.maxConns, s.maxStreams = capacity(fileLimit())
 	s.full = limiter{every: floodPause, burst: 1}
@@ -1354,16 +1357,7 @@ func (s *server) shutdown(srv *http.Server) {
 	s.mu.Lock()
 	s.ending = true
 	s.mu.Unlock()
-	context.AfterFunc(ctx, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.cutOff = true
-		for st := range s.streams {
-			if st.conn != nil {
-				st.conn.Close()
-			}
-		}
-	})
+	context.AfterFunc(ctx, s.cutOff)
 	srv.Shutdown(ctx)
 	srv.Close()
 	s.finished.Wait()
@@ -1558,7 +1552,7 @@ type view struct {
 	Error    string            // login: key of the text that says what was wrong
 	Char     string            // login: the character that text is about
 	Password bool              // login: the room has one
-	View     string            // chat: "projector"
+	View     string            // chat: "projector", or as usual
 	Join     string            // chat, lesson: the address to open in the room
 	Redis    bool              // lesson: the room is shared
 	Channel  string            // lesson: through this channel
@@ -1610,11 +1604,8 @@ func (s *server) chat(w http.ResponseWriter, r *http.Request) {
 		turnAway(w, r, who)
 		return
 	}
-	v := view{Name: sess.name, Join: s.joinURL(r)}
-	if r.URL.Query().Get("view") == "projector" {
-		v.View = "projector"
-	}
-	s.show(w, r, http.StatusOK, "chat.html", v)
+	s.show(w, r, http.StatusOK, "chat.html",
+		view{Name: sess.name, Join: s.joinURL(r), View: r.URL.Query().Get("view")})
 }
 
 // turnAway answers who asks for a page that only members get.
@@ -1937,7 +1928,7 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 		put(name, "What the limits refused.", refused[what])
 	}
 	s.mu.Lock()
-	put("chat_readers", "Open streams.", len(s.streams))
+	put("chat_readers", "Open streams.", s.streams)
 	s.mu.Unlock()
 	put("chat_messages_held", "Entries of the log.", s.room.log.held())
 	if s.cfg.redis != nil {
@@ -2008,7 +1999,7 @@ func (s *server) newStream(r *http.Request) (*stream, error) {
 // five times the memory, and leaves it to one goroutine, which first writes the head of the answer.
 // Shutdown waits for the stream from before that on.
 func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
-	if !s.admitStream(st) {
+	if !s.admitStream() {
 		s.tellFull()
 		w.Header().Set("Connection", "close") // else it stays open, idle, and counts
 		unavailable(w, "too many streams")
@@ -2016,7 +2007,7 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	}
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		s.endStream(st)
+		s.endStream()
 		s.logf("taking over a connection: %v", err)
 		return
 	}
@@ -2026,46 +2017,43 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	head := bytes.NewBufferString("HTTP/1.1 " + status + "\r\n")
 	w.Header().Write(head)
 	head.WriteString("\r\n")
-	s.mu.Lock()
 	st.conn, st.head = conn, head.Bytes()
-	if s.cutOff {
-		conn.Close()
-	}
-	s.mu.Unlock()
+	release := context.AfterFunc(s.cut, func() { conn.Close() })
 	go func() {
 		st.run()
+		release()
 		conn.Close()
 		s.conns.Add(-1) // net/http does not tell the end of a connection that was taken over
-		s.endStream(st)
+		s.endStream()
 	}()
 }
 
-// admitStream makes the stream one of those that shutdown ends and waits for, unless there are too
-// many or the end has begun.
-func (s *server) admitStream(st *stream) bool {
+// admitStream counts one more stream, for which shutdown waits, unless there are too many or the end
+// has begun.
+func (s *server) admitStream() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ending || len(s.streams) >= s.maxStreams {
+	if s.ending || s.streams >= s.maxStreams {
 		return false
 	}
-	s.streams[st] = struct{}{}
+	s.streams++
 	s.finished.Add(1)
 	return true
 }
 
-func (s *server) endStream(st *stream) {
+func (s *server) endStream() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.streams, st)
+	s.streams--
 	s.finished.Done()
 }
 
 // A stream is one reader on its connection.
 type stream struct {
 	room  *room
-	conn  net.Conn // guarded by the server's mu until run
-	head  []byte   // of the answer, until it is written with the first event
-	poll  bool     // the answer ends when there was something, or after wait
+	conn  net.Conn
+	head  []byte // of the answer, until it is written with the first event
+	poll  bool   // the answer ends when there was something, or after wait
 	wait  time.Duration
 	at    cursor
 	renew time.Time // when the connection's write deadline is to be set anew
@@ -2356,34 +2344,34 @@ func (b *broker) arrive() {
 	b.underWay = nil
 }
 
-// publish puts the entry into the room and returns when its key has come back, or why that is not
-// sure.
-func (b *broker) publish(ctx context.Context, e entry) error {
+// publish puts the entry into the room and returns the id that its key has when it has come back, or
+// why that is not sure.
+func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 	key := keyOf(e.id)
-	if b.log.idOf(key) != "" {
-		return nil
+	if id := b.log.idOf(key); id != "" {
+		return id, nil
 	}
 	if why := b.away(); why != nil {
-		return why
+		return "", why
 	}
 	p := &post{e, make(chan error, 1)}
 	outgoing, sent := b.outgoing, false
 	for {
 		id, wake := b.log.has(key)
 		if id != "" && sent {
-			return nil
+			return id, nil
 		}
 		select {
 		case outgoing <- p:
 			outgoing = nil
 		case err := <-p.done:
 			if err != nil {
-				return err
+				return "", err
 			}
 			sent = true
 		case <-wake:
 		case <-ctx.Done():
-			return ctx.Err()
+			return "", ctx.Err()
 		}
 	}
 }
