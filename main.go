@@ -341,7 +341,7 @@ func (c *config) check() error {
 	}
 	for name, value := range map[string]string{"CHAT_KEY": c.key, "CHAT_PASSWORD": c.password} {
 		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
-			return usagef("%s wants one line of text, in UTF-8 and without control characters", name)
+			return usagef("%s wants one line of UTF-8 without control characters", name)
 		}
 	}
 	odd := func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }
@@ -563,7 +563,7 @@ type slot struct {
 }
 
 // A block is a stretch of frames in memory. It is only ever appended to, within its capacity, so
-// what a reader got of it stays as it was. A gap has a block of its own, so that it can be left out.
+// what a reader got of it stays as it was. A gap has one of its own, so that it can be left out.
 type block struct {
 	buf  []byte
 	next uint64 // position after the last entry
@@ -884,7 +884,7 @@ var (
 )
 
 // encode returns the frame of an entry: a data line for each line of a message's text. A browser
-// takes one space after the colon away (HTML, section 9.2.6), so the text's own first space is safe.
+// takes one space after the colon away (HTML, section 9.2.6), so the text keeps its own first one.
 // Of an act that this version does not know only the id counts, and nothing is shown.
 func encode(e entry) []byte {
 	switch {
@@ -893,10 +893,9 @@ func encode(e entry) []byte {
 	case e.act():
 		return nil
 	}
-	b := make([]byte, 0, len(e.id)+len(e.line)+32)
-	b = append(append(append(b, "id: "...), e.id...), '\n')
+	b := fmt.Appendf(nil, "id: %s\n", e.id)
 	for line := range strings.SplitSeq(e.line, "\n") {
-		b = append(append(append(b, "data: "...), line...), '\n')
+		b = fmt.Appendf(b, "data: %s\n", line)
 	}
 	return append(b, '\n')
 }
@@ -1416,8 +1415,9 @@ func setRetryAfter(w http.ResponseWriter, wait time.Duration) {
 func (s *server) sameOrigin(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if s.cfg.origins.Check(r) != nil {
-			http.Error(w, "this request came from a page of another site; if a proxy changes the Host "+
-				"header, start chat with -origin and the address that people open", http.StatusForbidden)
+			why := "this request came from a page of another site; if a proxy changes the Host " +
+				"header, start chat with -origin and the address that people open"
+			http.Error(w, why, http.StatusForbidden)
 			return
 		}
 		next(w, r)
@@ -1479,8 +1479,7 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (sess
 // address that the proxy names. Of IPv6 it is the /64, which is one subscriber's.
 func address(r *http.Request) string {
 	ip := parseIP(r.RemoteAddr)
-	via := strings.FieldsFunc(strings.Join(r.Header["X-Forwarded-For"], ","),
-		func(r rune) bool { return strings.ContainsRune(", \t", r) })
+	via := strings.Fields(strings.ReplaceAll(strings.Join(r.Header["X-Forwarded-For"], " "), ",", " "))
 	if ip.IsLoopback() && len(via) > 0 {
 		if client := parseIP(via[len(via)-1]); client.IsValid() {
 			ip = client
@@ -1619,8 +1618,8 @@ func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
 }
 
-// nextName is the name of the cookie with the page that sent somebody to the login, which leads back
-// there. The pages' script sets it too.
+// nextName is the name of the cookie with the page that sent somebody to the login, which leads
+// back there. The pages' script sets it too.
 const nextName = "chat_next"
 
 // nextPage is where a login leads, once.
@@ -1646,7 +1645,8 @@ func roomURLs(addr net.Addr) (urls []string) {
 			out = c.LocalAddr().(*net.UDPAddr).IP.String()
 			c.Close()
 		}
-		hosts = append([]string{"localhost"}, likeliest(ownAddresses(), out, tcp.IP.To4() == nil)...)
+		v6 := tcp.IP.To4() == nil
+		hosts = append([]string{"localhost"}, likeliest(ownAddresses(), out, v6)...)
 	}
 	for _, host := range hosts {
 		urls = append(urls, "http://"+net.JoinHostPort(host, strconv.Itoa(tcp.Port)))
@@ -1668,23 +1668,26 @@ func ownAddresses() (own []ownAddress) {
 		if link.Flags&net.FlagLoopback != 0 || link.Flags&net.FlagRunning == 0 {
 			continue
 		}
-		_, err := os.Stat("/sys/class/net/" + link.Name + "/bridge")
+		shared := link.Flags&net.FlagBroadcast != 0
+		_, noBridge := os.Stat("/sys/class/net/" + link.Name + "/bridge")
 		addrs, _ := link.Addrs()
 		for _, a := range addrs {
-			if prefix, noIP := netip.ParsePrefix(a.String()); noIP == nil {
-				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, err == nil})
+			if prefix, err := netip.ParsePrefix(a.String()); err == nil {
+				own = append(own, ownAddress{prefix.Addr(), shared, noBridge == nil})
 			}
 		}
 	}
 	return own
 }
 
-// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type first:
-// the one that has the way out, other networks, bridges, tunnels. What machines give themselves on a
-// switch without DHCP, and IPv6 if the room is open there, is named only where nothing else is.
+// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type
+// first: the one that has the way out, other networks, bridges, tunnels. What machines give
+// themselves on a switch without DHCP, and IPv6 if the room is open there, is named only where
+// nothing else is.
 func likeliest(own []ownAddress, out string, v6 bool) (hosts []string) {
 	order := func(a ownAddress) string { // false comes before true
-		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, a.ip.String() != out, a.bridge)
+		leads := a.ip.String() == out
+		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, !leads, a.bridge)
 	}
 	slices.SortStableFunc(own, func(a, b ownAddress) int { return cmp.Compare(order(a), order(b)) })
 	for _, a := range own {
@@ -1705,12 +1708,8 @@ func (s *server) joinURL(r *http.Request) string {
 	if s.cfg.origin != "" {
 		return s.cfg.origin
 	}
-	host, _, err := net.SplitHostPort(r.Host)
-	if err != nil {
-		host = r.Host
-	}
-	ip, _ := netip.ParseAddr(host)
-	if (host == "localhost" || ip.IsLoopback()) && len(s.urls) > 1 {
+	host := (&url.URL{Host: r.Host}).Hostname()
+	if (host == "localhost" || parseIP(host).IsLoopback()) && len(s.urls) > 1 {
 		return s.urls[1]
 	}
 	if secure(r) {
@@ -1941,8 +1940,8 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 func (s *server) asset(w http.ResponseWriter, r *http.Request) {
 	name := r.PathValue("name")
 	// The types are named here because on Windows the system's may be anything.
-	kind := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-		".svg": "image/svg+xml"}[path.Ext(name)]
+	kind := map[string]string{".css": "text/css; charset=utf-8",
+		".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}[path.Ext(name)]
 	content, err := assets.ReadFile("assets/" + name)
 	if err != nil || kind == "" {
 		http.NotFound(w, r)
@@ -2231,7 +2230,8 @@ func (b *broker) setAway(why error) {
 	b.mu.Lock()
 	words, state, hint := inWords(why), "still away", ""
 	if b.told == nil {
-		b.since, b.told, state = time.Now(), map[string]bool{}, "away, trying again until it answers"
+		b.since, b.told = time.Now(), map[string]bool{}
+		state = "away, trying again until it answers"
 		op, network := errors.AsType[*net.OpError](why)
 		if b.why == errNotJoined && network && op.Op == "dial" {
 			hint = "; start it, or leave -redis out for a room in memory"
@@ -2561,9 +2561,9 @@ func commit(c redis.Conn) ([]any, error) {
 	return results(replies)
 }
 
-// results takes the replies to MULTI, the commands and EXEC, and returns those inside of the EXEC. An
-// error among any counts as the whole's: Redis runs the other commands all the same, and that of a
-// command says more than that EXEC discarded it. It is redis.ErrNil when a WATCH made EXEC do
+// results takes the replies to MULTI, the commands and EXEC, and returns those inside of the EXEC.
+// An error among any counts as the whole's: Redis runs the other commands all the same, and that of
+// a command says more than that EXEC discarded it. It is redis.ErrNil when a WATCH made EXEC do
 // nothing.
 func results(replies []any) ([]any, error) {
 	want := len(replies) - 2
