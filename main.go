@@ -943,30 +943,24 @@ func announcedID(s string) bool {
 // also to one that splits at more than the standard does and could else be sent a forged event.
 // Of more than limit characters, cut is true and the rest gone.
 func clean(s string, limit int) (text string, cut bool) {
-	var b strings.Builder
-	b.Grow(min(len(s), limit*utf8.UTFMax))
+	s = strings.Map(func(r rune) rune {
+		if r != '\n' && r != '\t' && unicode.In(r, unicode.Cc, unicode.Bidi_Control) {
+			return -1
+		}
+		return r
+	}, lineEnds.Replace(s))
 	n := 0
-	for i, r := range s {
-		switch r {
-		case '\n', '\t':
-		case '\v', '\f', '\r', '\u0085', '\u2028', '\u2029':
-			if r == '\r' && strings.HasPrefix(s[i+1:], "\n") {
-				continue
-			}
-			r = '\n'
-		default:
-			if unicode.In(r, unicode.Cc, unicode.Bidi_Control) {
-				continue
-			}
-		}
+	for i := range s {
 		if n == limit {
-			return b.String(), true
+			return strings.Clone(s[:i]), true // the rest may be long
 		}
-		b.WriteRune(r)
 		n++
 	}
-	return b.String(), false
+	return s, false
 }
+
+var lineEnds = strings.NewReplacer("\r\n", "\n", "\r", "\n", "\v", "\n", "\f", "\n",
+	"\u0085", "\n", "\u2028", "\n", "\u2029", "\n")
 
 // invisible tells whether a character alone shows nothing: white space, format characters, the
 // default-ignorable ones of Unicode, and four whose picture is empty: a braille pattern, two
@@ -1463,11 +1457,11 @@ const cannotTell = "the room cannot tell who you are until Redis is back"
 // room takes no session; but who comes with a broken one must not become anonymous to write.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (session, bool) {
 	sess, who := s.identify(r)
-	closed := s.cfg.password != ""
+	locked := s.cfg.password != ""
 	switch {
-	case who == pending && (closed || write):
+	case who == pending && (locked || write):
 		unavailable(w, cannotTell)
-	case who != member && closed, who == invalid && write:
+	case who != member && locked, who == invalid && write:
 		http.Error(w, "log in first", http.StatusUnauthorized)
 	default:
 		return sess, true
@@ -2047,7 +2041,7 @@ func (s *server) endStream() {
 	s.finished.Done()
 }
 
-// A stream is one reader on its connection.
+// A stream is one reader on its connection. After takeOver only its goroutine has it.
 type stream struct {
 	room  *room
 	conn  net.Conn
@@ -2159,7 +2153,7 @@ func (st *stream) write(b []byte) bool {
 type broker struct {
 	url     string
 	channel string
-	key     string // cookie key to share; "" until it is known
+	key     string // cookie key to share; "" until it is known; run's alone
 	ownKey  bool   // the key came from CHAT_KEY and stays out of Redis
 	gotKey  func(key string)
 	log     *Log
