@@ -288,8 +288,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags := flag.NewFlagSet("chat", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.addr, "addr", ":8989", "address to listen on, `host:port`")
-	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or "+
-		"rediss:// URL\n(default $REDIS_URL; when that is empty, a room in memory)")
+	server := flags.String("redis", "", "`server` that shares the room: host:port, or a "+
+		"redis:// or rediss:// URL\n(default $REDIS_URL; when that is empty, a room in memory)")
 	flags.StringVar(&c.channel, "channel", "chat", "Redis channel `name` of the room")
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
@@ -321,7 +321,7 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 			return nil, err
 		}
 	}
-	zone := strings.TrimPrefix(getenv("TZ"), ":") // of another one Go would make UTC and say nothing
+	zone := strings.TrimPrefix(getenv("TZ"), ":") // Go takes a wrong one for UTC and says nothing
 	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' {
 		return nil, usagef("TZ wants a name such as Asia/Shanghai, not %q", redact(zone))
 	}
@@ -341,7 +341,7 @@ func (c *config) check() error {
 	}
 	for name, value := range map[string]string{"CHAT_KEY": c.key, "CHAT_PASSWORD": c.password} {
 		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
-			return usagef("%s wants one line of text, in UTF-8 and without control characters", name)
+			return usagef("%s wants one line of UTF-8 without control characters", name)
 		}
 	}
 	odd := func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }
@@ -404,10 +404,11 @@ func (c *config) trust(text string) error {
 	host := u.Hostname()
 	if ip, noIP := netip.ParseAddr(host); noIP == nil {
 		host = ip.String()
-	} else if end := host[strings.LastIndexByte(host, '.')+1:]; strings.Trim(end, "0123456789") == "" {
+	} else if strings.Trim(host[strings.LastIndexByte(host, '.')+1:], "0123456789") == "" {
 		return bad // browsers make an address of 192.168.1 too, a longer one
 	}
-	if usual == "" || err != nil || strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.:") != "" {
+	const allowed = "abcdefghijklmnopqrstuvwxyz0123456789-_.:"
+	if usual == "" || err != nil || strings.Trim(host, allowed) != "" {
 		return bad
 	}
 	origin := u.Scheme + "://" + net.JoinHostPort(host, strconv.FormatUint(port, 10))
@@ -487,7 +488,11 @@ func (r *room) say(ctx context.Context, key, line string) (id string, err error)
 	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
 	over := make(chan struct{})
-	for first, taken := r.onWay.LoadOrStore(key, over); taken; first, taken = r.onWay.LoadOrStore(key, over) {
+	for {
+		first, taken := r.onWay.LoadOrStore(key, over)
+		if !taken {
+			break
+		}
 		select {
 		case <-first.(chan struct{}):
 		case <-ctx.Done():
@@ -498,8 +503,7 @@ func (r *room) say(ctx context.Context, key, line string) (id string, err error)
 		r.onWay.Delete(key)
 		close(over)
 	}()
-	err = r.broker.publish(ctx, e)
-	return r.log.idOf(key), err
+	return r.broker.publish(ctx, e)
 }
 
 // next returns what a reader is to be told next, and moves its cursor behind that. An id that is
@@ -559,7 +563,7 @@ type slot struct {
 }
 
 // A block is a stretch of frames in memory. It is only ever appended to, within its capacity, so
-// what a reader got of it stays as it was. A gap has a block of its own, so that it can be left out.
+// what a reader got of it stays as it was. A gap has one of its own, so that it can be left out.
 type block struct {
 	buf  []byte
 	next uint64 // position after the last entry
@@ -595,12 +599,12 @@ func (e entry) gap() bool { return e.line == gapLine && e.act() }
 
 // A cursor is the place of one reader. Only its reader uses it.
 type cursor struct {
-	after string          // until the place is found: the id that the reader has, "" for a newcomer
+	after string          // until the place is found: the id that it has, "" for a newcomer
 	trip  <-chan struct{} // until then: closed when a round trip shows that the id is nowhere
 	ring  *ring           // nil until the place is found
 	pos   uint64          // position to read next
-	told  uint64          // gaps before this position are none to this reader: it came later, or was told
-	goal  uint64          // position behind what there was when it found its place, or was told a gap
+	told  uint64          // gaps before this position it was told, or came after
+	goal  uint64          // where the log ended when it found its place, or was told a gap
 	beats uint64          // of the log, when this last read
 }
 
@@ -880,7 +884,7 @@ var (
 )
 
 // encode returns the frame of an entry: a data line for each line of a message's text. A browser
-// takes one space after the colon away (HTML, section 9.2.6), so the text's own first space is safe.
+// takes one space after the colon away (HTML, section 9.2.6), so the text keeps its own first one.
 // Of an act that this version does not know only the id counts, and nothing is shown.
 func encode(e entry) []byte {
 	switch {
@@ -889,10 +893,9 @@ func encode(e entry) []byte {
 	case e.act():
 		return nil
 	}
-	b := make([]byte, 0, len(e.id)+len(e.line)+32)
-	b = append(append(append(b, "id: "...), e.id...), '\n')
+	b := fmt.Appendf(nil, "id: %s\n", e.id)
 	for line := range strings.SplitSeq(e.line, "\n") {
-		b = append(append(append(b, "data: "...), line...), '\n')
+		b = fmt.Appendf(b, "data: %s\n", line)
 	}
 	return append(b, '\n')
 }
@@ -940,30 +943,24 @@ func announcedID(s string) bool {
 // also to one that splits at more than the standard does and could else be sent a forged event.
 // Of more than limit characters, cut is true and the rest gone.
 func clean(s string, limit int) (text string, cut bool) {
-	var b strings.Builder
-	b.Grow(min(len(s), limit*utf8.UTFMax))
+	s = strings.Map(func(r rune) rune {
+		if r != '\n' && r != '\t' && unicode.In(r, unicode.Cc, unicode.Bidi_Control) {
+			return -1
+		}
+		return r
+	}, lineEnds.Replace(s))
 	n := 0
-	for i, r := range s {
-		switch r {
-		case '\n', '\t':
-		case '\v', '\f', '\r', '\u0085', '\u2028', '\u2029':
-			if r == '\r' && strings.HasPrefix(s[i+1:], "\n") {
-				continue
-			}
-			r = '\n'
-		default:
-			if unicode.In(r, unicode.Cc, unicode.Bidi_Control) {
-				continue
-			}
-		}
+	for i := range s {
 		if n == limit {
-			return b.String(), true
+			return strings.Clone(s[:i]), true // the rest may be long
 		}
-		b.WriteRune(r)
 		n++
 	}
-	return b.String(), false
+	return s, false
 }
+
+var lineEnds = strings.NewReplacer("\r\n", "\n", "\r", "\n", "\v", "\n", "\f", "\n",
+	"\u0085", "\n", "\u2028", "\n", "\u2029", "\n")
 
 // invisible tells whether a character alone shows nothing: white space, format characters, the
 // default-ignorable ones of Unicode, and four whose picture is empty: a braille pattern, two
@@ -1118,7 +1115,7 @@ type limiter struct {
 
 	mu    sync.Mutex           // guards all below
 	whole map[string]time.Time // key → when its tokens are all back
-	limit int                  // above this size, keys whose moment has passed are taken out of whole
+	limit int                  // above this size, those whose moment has passed are taken out
 }
 
 // take takes a token, or returns how long until there is one.
@@ -1209,6 +1206,8 @@ func (t *tally) totals() map[string]int {
 }
 
 // A server is the room as HTTP shows it.
+//
+// What has no other guard is set before the first request, and only read then.
 type server struct {
 	cfg    *config
 	logf   func(format string, args ...any)
@@ -1225,13 +1224,15 @@ type server struct {
 
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
-	toldFull             atomic.Int64 // when the log last said that they are too many, in Unix ns
+	full                 limiter      // of telling the log that they are too many
 
-	mu       sync.Mutex           // guards all below, and the conn of each stream until it runs
-	streams  map[*stream]struct{} // since before they take their connection over
-	ending   bool                 // no stream may begin
-	cutOff   bool                 // no stream may go on
-	finished sync.WaitGroup       // those in streams
+	cut    context.Context // when it ends, so does the connection of every stream
+	cutOff func()
+
+	mu       sync.Mutex     // guards all below
+	streams  int            // since before they take their connection over
+	ending   bool           // no stream may begin
+	finished sync.WaitGroup // those in streams
 }
 
 // fileLimit returns how many descriptors the process may open. Linux tells; elsewhere Go has
@@ -1245,9 +1246,11 @@ func fileLimit() int {
 }
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
-	s := &server{cfg: cfg, logf: logf, streams: map[*stream]struct{}{}}
+	s := &server{cfg: cfg, logf: logf}
+	s.cut, s.cutOff = context.WithCancel(context.Background())
 	s.refused = tally{logf: logf, total: map[string]int{"logins": 0, "passwords": 0, "posts": 0}}
 	s.maxConns, s.maxStreams = capacity(fileLimit())
+	s.full = limiter{every: floodPause, burst: 1}
 	if cfg.rate > 0 {
 		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: postBurst}
 		s.floods = limiter{every: time.Second / floodRate, burst: floodBurst}
@@ -1332,8 +1335,7 @@ func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
 
 // tellFull logs, at most once in a while, that not everybody finds room.
 func (s *server) tellFull() {
-	last, now := s.toldFull.Load(), time.Now().UnixNano()
-	if now-last > int64(floodPause) && s.toldFull.CompareAndSwap(last, now) {
+	if s.full.take("", time.Now()) == 0 {
 		s.logf("full: %d of %d connections are open, %d of them may be streams; a higher limit of "+
 			"open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
 	}
@@ -1348,16 +1350,7 @@ func (s *server) shutdown(srv *http.Server) {
 	s.mu.Lock()
 	s.ending = true
 	s.mu.Unlock()
-	context.AfterFunc(ctx, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.cutOff = true
-		for st := range s.streams {
-			if st.conn != nil {
-				st.conn.Close()
-			}
-		}
-	})
+	context.AfterFunc(ctx, s.cutOff)
 	srv.Shutdown(ctx)
 	srv.Close()
 	s.finished.Wait()
@@ -1416,8 +1409,9 @@ func setRetryAfter(w http.ResponseWriter, wait time.Duration) {
 func (s *server) sameOrigin(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if s.cfg.origins.Check(r) != nil {
-			http.Error(w, "this request came from a page of another site; if a proxy changes the Host "+
-				"header, start chat with -origin and the address that people open", http.StatusForbidden)
+			why := "this request came from a page of another site; if a proxy changes the Host " +
+				"header, start chat with -origin and the address that people open"
+			http.Error(w, why, http.StatusForbidden)
 			return
 		}
 		next(w, r)
@@ -1463,11 +1457,11 @@ const cannotTell = "the room cannot tell who you are until Redis is back"
 // room takes no session; but who comes with a broken one must not become anonymous to write.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (session, bool) {
 	sess, who := s.identify(r)
-	closed := s.cfg.password != ""
+	locked := s.cfg.password != ""
 	switch {
-	case who == pending && (closed || write):
+	case who == pending && (locked || write):
 		unavailable(w, cannotTell)
-	case who != member && closed, who == invalid && write:
+	case who != member && locked, who == invalid && write:
 		http.Error(w, "log in first", http.StatusUnauthorized)
 	default:
 		return sess, true
@@ -1479,8 +1473,7 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (sess
 // address that the proxy names. Of IPv6 it is the /64, which is one subscriber's.
 func address(r *http.Request) string {
 	ip := parseIP(r.RemoteAddr)
-	via := strings.FieldsFunc(strings.Join(r.Header["X-Forwarded-For"], ","),
-		func(r rune) bool { return strings.ContainsRune(", \t", r) })
+	via := strings.Fields(strings.ReplaceAll(strings.Join(r.Header["X-Forwarded-For"], " "), ",", " "))
 	if ip.IsLoopback() && len(via) > 0 {
 		if client := parseIP(via[len(via)-1]); client.IsValid() {
 			ip = client
@@ -1552,7 +1545,7 @@ type view struct {
 	Error    string            // login: key of the text that says what was wrong
 	Char     string            // login: the character that text is about
 	Password bool              // login: the room has one
-	View     string            // chat: "projector"
+	View     string            // chat: "projector", or as usual
 	Join     string            // chat, lesson: the address to open in the room
 	Redis    bool              // lesson: the room is shared
 	Channel  string            // lesson: through this channel
@@ -1604,11 +1597,8 @@ func (s *server) chat(w http.ResponseWriter, r *http.Request) {
 		turnAway(w, r, who)
 		return
 	}
-	v := view{Name: sess.name, Join: s.joinURL(r)}
-	if r.URL.Query().Get("view") == "projector" {
-		v.View = "projector"
-	}
-	s.show(w, r, http.StatusOK, "chat.html", v)
+	s.show(w, r, http.StatusOK, "chat.html",
+		view{Name: sess.name, Join: s.joinURL(r), View: r.URL.Query().Get("view")})
 }
 
 // turnAway answers who asks for a page that only members get.
@@ -1622,8 +1612,8 @@ func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
 }
 
-// nextName is the name of the cookie with the page that sent somebody to the login, which leads back
-// there. The pages' script sets it too.
+// nextName is the name of the cookie with the page that sent somebody to the login, which leads
+// back there. The pages' script sets it too.
 const nextName = "chat_next"
 
 // nextPage is where a login leads, once.
@@ -1649,7 +1639,8 @@ func roomURLs(addr net.Addr) (urls []string) {
 			out = c.LocalAddr().(*net.UDPAddr).IP.String()
 			c.Close()
 		}
-		hosts = append([]string{"localhost"}, likeliest(ownAddresses(), out, tcp.IP.To4() == nil)...)
+		v6 := tcp.IP.To4() == nil
+		hosts = append([]string{"localhost"}, likeliest(ownAddresses(), out, v6)...)
 	}
 	for _, host := range hosts {
 		urls = append(urls, "http://"+net.JoinHostPort(host, strconv.Itoa(tcp.Port)))
@@ -1671,23 +1662,26 @@ func ownAddresses() (own []ownAddress) {
 		if link.Flags&net.FlagLoopback != 0 || link.Flags&net.FlagRunning == 0 {
 			continue
 		}
-		_, err := os.Stat("/sys/class/net/" + link.Name + "/bridge")
+		shared := link.Flags&net.FlagBroadcast != 0
+		_, noBridge := os.Stat("/sys/class/net/" + link.Name + "/bridge")
 		addrs, _ := link.Addrs()
 		for _, a := range addrs {
-			if prefix, noIP := netip.ParsePrefix(a.String()); noIP == nil {
-				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, err == nil})
+			if prefix, err := netip.ParsePrefix(a.String()); err == nil {
+				own = append(own, ownAddress{prefix.Addr(), shared, noBridge == nil})
 			}
 		}
 	}
 	return own
 }
 
-// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type first:
-// the one that has the way out, other networks, bridges, tunnels. What machines give themselves on a
-// switch without DHCP, and IPv6 if the room is open there, is named only where nothing else is.
+// likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type
+// first: the one that has the way out, other networks, bridges, tunnels. What machines give
+// themselves on a switch without DHCP, and IPv6 if the room is open there, is named only where
+// nothing else is.
 func likeliest(own []ownAddress, out string, v6 bool) (hosts []string) {
 	order := func(a ownAddress) string { // false comes before true
-		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, a.ip.String() != out, a.bridge)
+		leads := a.ip.String() == out
+		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, !leads, a.bridge)
 	}
 	slices.SortStableFunc(own, func(a, b ownAddress) int { return cmp.Compare(order(a), order(b)) })
 	for _, a := range own {
@@ -1708,12 +1702,8 @@ func (s *server) joinURL(r *http.Request) string {
 	if s.cfg.origin != "" {
 		return s.cfg.origin
 	}
-	host, _, err := net.SplitHostPort(r.Host)
-	if err != nil {
-		host = r.Host
-	}
-	ip, _ := netip.ParseAddr(host)
-	if (host == "localhost" || ip.IsLoopback()) && len(s.urls) > 1 {
+	host := (&url.URL{Host: r.Host}).Hostname()
+	if (host == "localhost" || parseIP(host).IsLoopback()) && len(s.urls) > 1 {
 		return s.urls[1]
 	}
 	if secure(r) {
@@ -1931,7 +1921,7 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 		put(name, "What the limits refused.", refused[what])
 	}
 	s.mu.Lock()
-	put("chat_readers", "Open streams.", len(s.streams))
+	put("chat_readers", "Open streams.", s.streams)
 	s.mu.Unlock()
 	put("chat_messages_held", "Entries of the log.", s.room.log.held())
 	if s.cfg.redis != nil {
@@ -1944,8 +1934,8 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 func (s *server) asset(w http.ResponseWriter, r *http.Request) {
 	name := r.PathValue("name")
 	// The types are named here because on Windows the system's may be anything.
-	kind := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-		".svg": "image/svg+xml"}[path.Ext(name)]
+	kind := map[string]string{".css": "text/css; charset=utf-8",
+		".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}[path.Ext(name)]
 	content, err := assets.ReadFile("assets/" + name)
 	if err != nil || kind == "" {
 		http.NotFound(w, r)
@@ -2002,7 +1992,7 @@ func (s *server) newStream(r *http.Request) (*stream, error) {
 // five times the memory, and leaves it to one goroutine, which first writes the head of the answer.
 // Shutdown waits for the stream from before that on.
 func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
-	if !s.admitStream(st) {
+	if !s.admitStream() {
 		s.tellFull()
 		w.Header().Set("Connection", "close") // else it stays open, idle, and counts
 		unavailable(w, "too many streams")
@@ -2010,7 +2000,7 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	}
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		s.endStream(st)
+		s.endStream()
 		s.logf("taking over a connection: %v", err)
 		return
 	}
@@ -2020,46 +2010,43 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	head := bytes.NewBufferString("HTTP/1.1 " + status + "\r\n")
 	w.Header().Write(head)
 	head.WriteString("\r\n")
-	s.mu.Lock()
 	st.conn, st.head = conn, head.Bytes()
-	if s.cutOff {
-		conn.Close()
-	}
-	s.mu.Unlock()
+	release := context.AfterFunc(s.cut, func() { conn.Close() })
 	go func() {
 		st.run()
+		release()
 		conn.Close()
 		s.conns.Add(-1) // net/http does not tell the end of a connection that was taken over
-		s.endStream(st)
+		s.endStream()
 	}()
 }
 
-// admitStream makes the stream one of those that shutdown ends and waits for, unless there are too
-// many or the end has begun.
-func (s *server) admitStream(st *stream) bool {
+// admitStream counts one more stream, for which shutdown waits, unless there are too many or the end
+// has begun.
+func (s *server) admitStream() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ending || len(s.streams) >= s.maxStreams {
+	if s.ending || s.streams >= s.maxStreams {
 		return false
 	}
-	s.streams[st] = struct{}{}
+	s.streams++
 	s.finished.Add(1)
 	return true
 }
 
-func (s *server) endStream(st *stream) {
+func (s *server) endStream() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.streams, st)
+	s.streams--
 	s.finished.Done()
 }
 
-// A stream is one reader on its connection.
+// A stream is one reader on its connection. After takeOver only its goroutine has it.
 type stream struct {
 	room  *room
-	conn  net.Conn // guarded by the server's mu until run
-	head  []byte   // of the answer, until it is written with the first event
-	poll  bool     // the answer ends when there was something, or after wait
+	conn  net.Conn
+	head  []byte // of the answer, until it is written with the first event
+	poll  bool   // the answer ends when there was something, or after wait
 	wait  time.Duration
 	at    cursor
 	renew time.Time // when the connection's write deadline is to be set anew
@@ -2166,7 +2153,7 @@ func (st *stream) write(b []byte) bool {
 type broker struct {
 	url     string
 	channel string
-	key     string // cookie key to share; "" until it is known
+	key     string // cookie key to share; "" until it is known; run's alone
 	ownKey  bool   // the key came from CHAT_KEY and stays out of Redis
 	gotKey  func(key string)
 	log     *Log
@@ -2196,9 +2183,9 @@ var (
 )
 
 func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
-	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
-		gotKey: gotKey, log: l, logf: logf, outgoing: make(chan *post), asking: make(chan struct{}, 1),
-		why: errNotJoined}
+	return &broker{url: cfg.redis.String(), channel: cfg.channel, log: l, logf: logf,
+		key: cfg.key, ownKey: cfg.key != "", gotKey: gotKey,
+		outgoing: make(chan *post), asking: make(chan struct{}, 1), why: errNotJoined}
 }
 
 // run keeps the room joined until ctx ends. It logs changes of state, not attempts.
@@ -2237,7 +2224,8 @@ func (b *broker) setAway(why error) {
 	b.mu.Lock()
 	words, state, hint := inWords(why), "still away", ""
 	if b.told == nil {
-		b.since, b.told, state = time.Now(), map[string]bool{}, "away, trying again until it answers"
+		b.since, b.told = time.Now(), map[string]bool{}
+		state = "away, trying again until it answers"
 		op, network := errors.AsType[*net.OpError](why)
 		if b.why == errNotJoined && network && op.Op == "dial" {
 			hint = "; start it, or leave -redis out for a room in memory"
@@ -2270,16 +2258,18 @@ func (b *broker) setJoined() {
 func inWords(err error) string {
 	said, _ := errors.AsType[redis.Error](err)
 	text, _, _ := strings.Cut(string(said), ", with args")
-	quoted := fmt.Sprintf("%.200q", text)
+	kind, _, _ := strings.Cut(text, " ")
 	_, wrongTLS := errors.AsType[tls.RecordHeaderError](err)
 	op, network := errors.AsType[*net.OpError](err)
 	switch {
-	case strings.HasPrefix(text, "MOVED"), strings.HasPrefix(text, "CLUSTER"), strings.HasPrefix(text, "CROSSSLOT"):
-		return "this Redis is a cluster: name the node that has the room, whose keys -channel '{chat}' keeps together: " + quoted
+	case slices.Contains([]string{"MOVED", "CLUSTERDOWN", "CROSSSLOT"}, kind):
+		return fmt.Sprintf("this Redis is a cluster: name the node that has the room, "+
+			"whose keys -channel '{chat}' keeps together: %.200q", text)
 	case strings.Contains(text, "unknown command"):
-		return "this is a Sentinel, or a Redis without a command that a room needs; name the master, or a proxy that follows it: " + quoted
+		return fmt.Sprintf("this is a Sentinel, or a Redis without a command that a room needs; "+
+			"name the master, or a proxy that follows it: %.200q", text)
 	case text != "":
-		return quoted
+		return fmt.Sprintf("%.200q", text)
 	case wrongTLS:
 		return "this port speaks no TLS: it wants redis://"
 	case strings.HasPrefix(err.Error(), "redigo: "):
@@ -2348,34 +2338,34 @@ func (b *broker) arrive() {
 	b.underWay = nil
 }
 
-// publish puts the entry into the room and returns when its key has come back, or why that is not
-// sure.
-func (b *broker) publish(ctx context.Context, e entry) error {
+// publish puts the entry into the room and returns the id that its key has when it has come back, or
+// why that is not sure.
+func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 	key := keyOf(e.id)
-	if b.log.idOf(key) != "" {
-		return nil
+	if id := b.log.idOf(key); id != "" {
+		return id, nil
 	}
 	if why := b.away(); why != nil {
-		return why
+		return "", why
 	}
 	p := &post{e, make(chan error, 1)}
 	outgoing, sent := b.outgoing, false
 	for {
 		id, wake := b.log.has(key)
 		if id != "" && sent {
-			return nil
+			return id, nil
 		}
 		select {
 		case outgoing <- p:
 			outgoing = nil
 		case err := <-p.done:
 			if err != nil {
-				return err
+				return "", err
 			}
 			sent = true
 		case <-wake:
 		case <-ctx.Done():
-			return ctx.Err()
+			return "", ctx.Err()
 		}
 	}
 }
@@ -2508,12 +2498,13 @@ func (c timelyConn) SetReadDeadline(time.Time) error { return nil }
 // agree returns the value of a string that all processes of the room share and Redis may forget.
 // The first one sets it; whoever holds it puts it back. Of two values, one of which was set while
 // Redis had forgotten the other, one wins, and the other processes are made to join again.
-func (b *broker) agree(c redis.Conn, name, mine string, wins func(one, other string) bool) (string, error) {
+func (b *broker) agree(
+	c redis.Conn, name, mine string, wins func(one, other string) bool) (string, error) {
 	if _, err := c.Do("SET", name, mine, "NX"); err != nil {
 		return "", err
 	}
 	found, err := redis.String(c.Do("GET", name))
-	if err == nil && found == "" {
+	if err == redis.ErrNil || err == nil && found == "" {
 		err = fmt.Errorf("%s is empty", name)
 	}
 	if err != nil || found == mine || wins(found, mine) {
@@ -2564,9 +2555,9 @@ func commit(c redis.Conn) ([]any, error) {
 	return results(replies)
 }
 
-// results takes the replies to MULTI, the commands and EXEC, and returns those inside of the EXEC. An
-// error among any counts as the whole's: Redis runs the other commands all the same, and that of a
-// command says more than that EXEC discarded it. It is redis.ErrNil when a WATCH made EXEC do
+// results takes the replies to MULTI, the commands and EXEC, and returns those inside of the EXEC.
+// An error among any counts as the whole's: Redis runs the other commands all the same, and that of
+// a command says more than that EXEC discarded it. It is redis.ErrNil when a WATCH made EXEC do
 // nothing.
 func results(replies []any) ([]any, error) {
 	want := len(replies) - 2
