@@ -69,7 +69,8 @@ function element(tag, text) {
 
 /** @param {any} node @param {string} events @param {(e: any) => void} f */
 function on(node, events, f) {
-  for (const event of events.split(' ')) node.addEventListener(event, f, { passive: /scroll|wheel|touch/.test(event) });
+  const passive = /scroll|wheel|touch/.test(events);
+  for (const event of events.split(' ')) node.addEventListener(event, f, { passive });
 }
 
 /** A copy of a template's node. @param {string} id @returns {any} */
@@ -525,11 +526,11 @@ new ResizeObserver(() => {
 
 on(log, 'scroll', () => view.look());
 on(log, 'wheel', (e) => e.deltaY < 0 && view.letGo());
-on(log, 'pointerdown touchstart', (e) => {
-  view.isHeld = e.target !== log || !(e.offsetX >= log.clientWidth); // the end of a drag on the scroll bar is not told
+on(log, 'pointerdown touchstart', (e) => { // the end of a drag on the scroll bar is not told
+  view.isHeld = e.target !== log || !(e.offsetX >= log.clientWidth);
 });
 on(window, 'touchend touchcancel', (e) => e.touches.length || view.release());
-on(window, 'pointerup', () => view.release());
+on(window, 'pointerup pointercancel', (e) => e.pointerType === 'touch' || view.release()); // a touch has ends of its own
 on(window, 'pointermove', (e) => view.isHeld && e.pointerType === 'mouse' && !e.buttons && view.release());
 on(document, 'selectionchange', () => view.isHeld || view.release());
 on(pill, 'click', () => view.follow());
