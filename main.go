@@ -299,7 +299,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		flags.SetOutput(stdout)
-		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
+		fmt.Fprint(stdout, "Usage: chat [flags]\n\n"+
+			"A web chat room; open the address it prints.\n\n")
 		flags.PrintDefaults()
 		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, "+
 			"CHAT_PASSWORD closes the room.\n")
@@ -1431,17 +1432,15 @@ const (
 // identify checks the session cookies. Any that verifies is good: several rooms on the ports
 // of one host share their cookies.
 func (s *server) identify(r *http.Request) (session, identity) {
-	values := cookieValues(r.Header)
-	if len(values) == 0 {
+	values, k, now := cookieValues(r.Header), s.signer.Load(), time.Now()
+	switch {
+	case len(values) == 0:
 		return session{}, nobody
-	}
-	k := s.signer.Load()
-	if k == nil {
+	case k == nil:
 		return session{}, pending
 	}
-	now := time.Now()
-	for _, v := range values {
-		if sess, ok := k.verify(v, now); ok {
+	for _, value := range values {
+		if sess, ok := k.verify(value, now); ok {
 			return sess, member
 		}
 	}
@@ -1473,7 +1472,8 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (sess
 // address that the proxy names. Of IPv6 it is the /64, which is one subscriber's.
 func address(r *http.Request) string {
 	ip := parseIP(r.RemoteAddr)
-	via := strings.Fields(strings.ReplaceAll(strings.Join(r.Header["X-Forwarded-For"], " "), ",", " "))
+	forwarded := strings.Join(r.Header["X-Forwarded-For"], ",")
+	via := strings.Fields(strings.ReplaceAll(forwarded, ",", " "))
 	if ip.IsLoopback() && len(via) > 0 {
 		if client := parseIP(via[len(via)-1]); client.IsValid() {
 			ip = client
@@ -2014,8 +2014,8 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	}()
 }
 
-// admitStream counts one more stream, for which shutdown waits, unless there are too many or the end
-// has begun.
+// admitStream counts one more stream, for which shutdown waits, unless there are too many or the
+// end has begun.
 func (s *server) admitStream() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -2331,8 +2331,8 @@ func (b *broker) arrive() {
 	b.begun = nil
 }
 
-// publish puts the entry into the room and returns the id that its key has when it has come back, or
-// why that is not sure.
+// publish puts the entry into the room and returns the id that its key has when it has come back,
+// or why that is not sure.
 func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 	key := keyOf(e.id)
 	if id := b.log.idOf(key); id != "" {
@@ -2784,7 +2784,7 @@ func (f *feed) receive(raw string) {
 	case id == "":
 		f.log.append(entry{f.foreignID(raw), line})
 	default:
-		if _, added := f.log.append(entry{id, line}); added { // a copy of an earlier one changes nothing
+		if _, added := f.log.append(entry{id, line}); added { // a copy changes nothing
 			f.base, f.seen = id, nil
 		}
 	}
