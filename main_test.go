@@ -9698,7 +9698,7 @@ func TestProcessesBehindNginx(t *testing.T) {
 	for _, item := range items {
 		keys[nameOf(item)] = true
 	}
-	if len(keys) != 4 || len(items) == 4 {
+	if len(keys) != 4 { // in more items, if a second attempt came before the first one was heard
 		t.Errorf("4 posts, some of them sent twice, are %d messages in %d items", len(keys), len(items))
 	}
 
