@@ -299,7 +299,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		flags.SetOutput(stdout)
-		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
+		fmt.Fprint(stdout, "Usage: chat [flags]\n\n"+
+			"A web chat room; open the address it prints.\n\n")
 		flags.PrintDefaults()
 		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, "+
 			"CHAT_PASSWORD closes the room.\n")
@@ -1431,17 +1432,15 @@ const (
 // identify checks the session cookies. Any that verifies is good: several rooms on the ports
 // of one host share their cookies.
 func (s *server) identify(r *http.Request) (session, identity) {
-	values := cookieValues(r.Header)
-	if len(values) == 0 {
+	values, k, now := cookieValues(r.Header), s.signer.Load(), time.Now()
+	switch {
+	case len(values) == 0:
 		return session{}, nobody
-	}
-	k := s.signer.Load()
-	if k == nil {
+	case k == nil:
 		return session{}, pending
 	}
-	now := time.Now()
-	for _, v := range values {
-		if sess, ok := k.verify(v, now); ok {
+	for _, value := range values {
+		if sess, ok := k.verify(value, now); ok {
 			return sess, member
 		}
 	}
@@ -1473,7 +1472,8 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (sess
 // address that the proxy names. Of IPv6 it is the /64, which is one subscriber's.
 func address(r *http.Request) string {
 	ip := parseIP(r.RemoteAddr)
-	via := strings.Fields(strings.ReplaceAll(strings.Join(r.Header["X-Forwarded-For"], " "), ",", " "))
+	forwarded := strings.Join(r.Header["X-Forwarded-For"], ",")
+	via := strings.Fields(strings.ReplaceAll(forwarded, ",", " "))
 	if ip.IsLoopback() && len(via) > 0 {
 		if client := parseIP(via[len(via)-1]); client.IsValid() {
 			ip = client
@@ -1902,23 +1902,16 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
-	last := ""
-	put := func(sample, help string, value int) {
-		name, _, _ := strings.Cut(sample, "{")
-		kind := map[bool]string{true: "counter", false: "gauge"}[strings.HasSuffix(name, "_total")]
-		if name != last { // samples with the same name differ in a label
-			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
-		}
-		fmt.Fprintf(w, "%s %d\n", sample, value)
-		last = name
+	put := func(name, help string, value int) {
+		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s gauge\n%[1]s %[3]d\n", name, help, value)
 	}
 	put("chat_connections", "Open connections, streams among them.", int(s.conns.Load()))
 	put("chat_connections_limit", "Connections that the limit of open files allows.", s.maxConns)
 	put("chat_readers_limit", "Streams among these at most.", s.maxStreams)
-	refused := s.refused.totals()
+	refused, name := s.refused.totals(), "chat_refused_total"
+	fmt.Fprintf(w, "# HELP %s What the limits refused.\n# TYPE %[1]s counter\n", name)
 	for _, what := range slices.Sorted(maps.Keys(refused)) {
-		name := fmt.Sprintf("chat_refused_total{what=%q}", what)
-		put(name, "What the limits refused.", refused[what])
+		fmt.Fprintf(w, "%s{what=%q} %d\n", name, what, refused[what])
 	}
 	s.mu.Lock()
 	put("chat_readers", "Open streams.", s.streams)
@@ -2021,8 +2014,8 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	}()
 }
 
-// admitStream counts one more stream, for which shutdown waits, unless there are too many or the end
-// has begun.
+// admitStream counts one more stream, for which shutdown waits, unless there are too many or the
+// end has begun.
 func (s *server) admitStream() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -2162,12 +2155,12 @@ type broker struct {
 	outgoing chan *post
 	asking   chan struct{} // gets something when somebody asks for a round trip
 
-	mu       sync.Mutex      // guards all below
-	why      error           // why the room is away; nil while it is joined
-	since    time.Time       // when it went away
-	told     map[string]bool // what the log has been told of that
-	next     chan struct{}   // the round trip that has not begun; nil while nobody asks for one
-	underWay []chan struct{} // those that have; closed when one is over that began after them
+	mu    sync.Mutex      // guards all below
+	why   error           // why the room is away; nil while it is joined
+	since time.Time       // when it went away
+	told  map[string]bool // what the log has been told of that
+	asked chan struct{}   // the round trip to come; nil while nobody asks for one
+	begun []chan struct{} // those asked for that have begun; closed when one is over
 }
 
 // A post is an entry on its way to Redis.
@@ -2305,22 +2298,22 @@ func (b *broker) away() error {
 func (b *broker) ask() <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.next == nil {
-		b.next = make(chan struct{})
+	if b.asked == nil {
+		b.asked = make(chan struct{})
 		select {
 		case b.asking <- struct{}{}:
 		default:
 		}
 	}
-	return b.next
+	return b.asked
 }
 
 // depart says that a round trip begins. If the stay ends before it is over, the next one counts.
 func (b *broker) depart() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.next != nil {
-		b.underWay, b.next = append(b.underWay, b.next), nil
+	if b.asked != nil {
+		b.begun, b.asked = append(b.begun, b.asked), nil
 	}
 	select {
 	case <-b.asking:
@@ -2332,14 +2325,14 @@ func (b *broker) depart() {
 func (b *broker) arrive() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, trip := range b.underWay {
+	for _, trip := range b.begun {
 		close(trip)
 	}
-	b.underWay = nil
+	b.begun = nil
 }
 
-// publish puts the entry into the room and returns the id that its key has when it has come back, or
-// why that is not sure.
+// publish puts the entry into the room and returns the id that its key has when it has come back,
+// or why that is not sure.
 func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 	key := keyOf(e.id)
 	if id := b.log.idOf(key); id != "" {
@@ -2791,7 +2784,7 @@ func (f *feed) receive(raw string) {
 	case id == "":
 		f.log.append(entry{f.foreignID(raw), line})
 	default:
-		if _, added := f.log.append(entry{id, line}); added { // a copy of an earlier one changes nothing
+		if _, added := f.log.append(entry{id, line}); added { // a copy changes nothing
 			f.base, f.seen = id, nil
 		}
 	}
