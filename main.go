@@ -2050,7 +2050,8 @@ type stream struct {
 // that takes as long as the kernel tries to send what it has, in a quiet room a quarter of an hour.
 func (st *stream) run() {
 	end := st.begin()
-	waits, greeted, gap, sent := false, false, false, 0 // told to wait; had the ping after the backlog; a gap; bytes
+	waits, greeted := false, false // told to wait; told with a ping that it is up to date
+	gap, sent := false, 0          // told a gap; bytes of messages
 	for {
 		n := st.room.next(&st.at)
 		switch {
@@ -2611,8 +2612,13 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 			return nil, err
 		}
 		list, items, err := parseList(replies[0], nil)
-		if err != nil || f.take(list, items) {
-			return f, err
+		if err != nil {
+			return nil, err
+		}
+		log, lost := f.merge(list)
+		if lost == nil {
+			f.begin(log, f.word, items, len(list) >= f.log.size)
+			return f, nil
 		}
 		if err = b.writeList(c, f); err != redis.ErrNil {
 			return f, err
@@ -2633,7 +2639,7 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 	if err != nil {
 		return err
 	}
-	log, items := f.restore(list)
+	log, items := f.merge(list)
 	if items == nil {
 		_, err = c.Do("UNWATCH")
 		return cmp.Or(err, redis.ErrNil)
@@ -2680,22 +2686,12 @@ func newFeed(l *Log, channel string) *feed {
 	return &feed{log: l, channel: channel, word: rand.Text(), echo: make(chan struct{}, 1)}
 }
 
-// take makes the list, of so many items that can be read or not, the log, and returns false if it
-// lacks something that has to be written back first.
-func (f *feed) take(list []entry, items int) bool {
+// merge returns what the log is with this list and, if Redis had forgotten something of it, what the
+// list is to be: the newest that were announced, with a gap at the end; else nil.
+func (f *feed) merge(list []entry) (log, items []entry) {
 	log, forgot := reconcile(f.log.entries(), list, f.log.size)
 	if !forgot {
-		f.begin(log, f.word, items, len(list) >= f.log.size)
-	}
-	return !forgot
-}
-
-// restore returns what the log is with what the list lacks, and what then is to be the list: the
-// newest that were announced. Items is nil if the list lacks nothing.
-func (f *feed) restore(list []entry) (log, items []entry) {
-	log, forgot := reconcile(f.log.entries(), list, f.log.size)
-	if !forgot {
-		return nil, nil
+		return log, nil
 	}
 	log = append(log, entry{newID(rand.Text()), gapLine})
 	for _, e := range log {

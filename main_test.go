@@ -3221,7 +3221,7 @@ func TestWrittenBack(t *testing.T) {
 	} {
 		l := newLog(4, 4)
 		l.rebuild(entries(test.mine), false)
-		log, items := newFeed(l, "chat").restore(entries(test.list))
+		log, items := newFeed(l, "chat").merge(entries(test.list))
 		if a, b := strings.Join(lines(log), " "), strings.Join(lines(items), " "); a != test.log || b != test.items {
 			t.Errorf("%s: got the log %q and the list %q, want %q and %q", test.name, a, b, test.log, test.items)
 		}
@@ -5387,11 +5387,13 @@ func (p *modelProcess) readList() {
 	p.room.broker.depart()
 	list, raw := p.parsed(), len(p.list)
 	p.publish("chat:probe", p.f.word)
-	if p.f.take(list, raw) {
+	log, lost := p.f.merge(list)
+	if lost == nil {
+		p.f.begin(log, p.f.word, raw, len(list) >= p.size)
 		p.follows, p.underWay = true, true
 		return
 	}
-	p.log, p.items = p.f.restore(p.parsed()) // under WATCH
+	p.log, p.items = p.f.merge(p.parsed()) // under WATCH
 	p.watched = p.version
 	if p.keeps {
 		p.fail("the list is written though Redis forgot nothing")
