@@ -675,6 +675,12 @@ func (l *Log) rebuild(entries []entry, cut bool) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if old := l.ring; old != nil { // a stalled reader may keep it for long; it needs the ids alone
+		old.block = nil
+		for i := range old.slots {
+			old.slots[i].line, old.slots[i].block = "", nil
+		}
+	}
 	l.ring = r
 	l.broadcast()
 }
@@ -693,7 +699,14 @@ func (l *Log) entries() (all []entry) {
 }
 
 // held returns how many entries there are.
-func (l *Log) held() int { return len(l.entries()) }
+func (l *Log) held() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ring == nil {
+		return 0
+	}
+	return int(l.ring.next - l.ring.oldest)
+}
 
 // close ends every reader once it has read to the end.
 func (l *Log) close() {
@@ -2673,9 +2686,9 @@ type feed struct {
 
 	id string // announces the next line
 
-	// Foreign lines are numbered among equal ones since the announced entry before them.
-	base string // id of that entry, "0" before the first
-	seen map[[sha256.Size]byte]int
+	// Foreign lines are numbered since the announced entry before them.
+	base   string // id of that entry, "0" before the first
+	number int
 }
 
 // listSize is how many items the list keeps for a history of so many: behind them second copies
@@ -2704,7 +2717,7 @@ func (f *feed) merge(list []entry) (log, items []entry) {
 
 // begin makes these entries the log, and lets the subscription continue it behind the seam.
 func (f *feed) begin(log []entry, seam string, items int, cut bool) {
-	f.seam, f.base, f.seen = seam, "0", nil
+	f.seam, f.base, f.number = seam, "0", 0
 	f.length.Store(int64(items))
 	for _, e := range log {
 		if _, foreign := e.base(); !foreign {
@@ -2781,22 +2794,18 @@ func (f *feed) receive(raw string) {
 		f.log.append(entry{f.foreignID(raw), line})
 	default:
 		if _, added := f.log.append(entry{id, line}); added { // a copy changes nothing
-			f.base, f.seen = id, nil
+			f.base, f.number = id, 0
 		}
 	}
 }
 
 // foreignID returns the id of a line that no id announced: the announced one before it, a dot,
-// and a hash of the line and of its number among equal lines since. Every process that heard
-// the same derives the same.
+// and a hash of the line and of its number since. Every process that heard the same since derives
+// the same.
 func (f *feed) foreignID(raw string) string {
-	if f.seen == nil || len(f.seen) == f.log.size {
-		f.seen = map[[sha256.Size]byte]int{}
-	}
-	sum := sha256.Sum256([]byte(raw))
 	for {
-		f.seen[sum]++
-		hash := sha256.Sum256(fmt.Appendf(sum[:], " %d", f.seen[sum]))
+		f.number++
+		hash := sha256.Sum256(fmt.Appendf(nil, "%d %s", f.number, raw))
 		for i := range hash {
 			hash[i] = 'a' + hash[i]%26
 		}
