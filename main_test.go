@@ -3213,7 +3213,7 @@ func TestWrittenBack(t *testing.T) {
 		return list
 	}
 	for _, test := range []struct{ name, mine, list, log, items string }{
-		{"nothing, if the list lacks nothing", "a b b.f", "a b c", "", ""},
+		{"nothing, if the list lacks nothing", "a b b.f", "a b c", "a b b.f c", ""},
 		{"all, and a gap", "a b", "", "a b !gap", "a b !gap"},
 		{"foreign lines are not", "a a.f b", "a", "a a.f b !gap", "a b !gap"},
 		{"of a list that is full the newest", "b c d e", "a b d e", "a b c d e !gap", "c d e !gap"},
