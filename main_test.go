@@ -8141,7 +8141,10 @@ func TestPageBusyRoom(t *testing.T) {
 		say(20)
 		b.checks(check{what + ": the reader is not pulled back", "bottom() > 100 && $('#log').scrollTop <= before && /^[12]\\d new messages$/.test($('#pill').textContent)"})
 	}
-	stays("the wheel", func() { mouse("mouseWheel", map[string]any{"deltaX": 0, "deltaY": -30, "button": "none"}) })
+	stays("the wheel", func() {
+		mouse("mouseWheel", map[string]any{"deltaX": 0, "deltaY": -30, "button": "none"})
+		b.wait("the wheel to turn", "$('#log').scrollTop < before")
+	})
 	stays("the wheel, when nothing has moved yet", func() { js[any](b, "$('#log').dispatchEvent(new WheelEvent('wheel', { deltaY: -1 }))") })
 	key := func(name string) {
 		js[any](b, "$('#log').focus()")
