@@ -8157,7 +8157,10 @@ func TestPageBusyRoom(t *testing.T) {
 		say(20)
 		b.checks(check{what + ": the reader is not pulled back", "bottom() > 100 && $('#log').scrollTop <= before && /^[12]\\d new messages$/.test($('#pill').textContent)"})
 	}
-	stays("the wheel", func() { mouse("mouseWheel", map[string]any{"deltaX": 0, "deltaY": -30, "button": "none"}) })
+	stays("the wheel", func() {
+		mouse("mouseWheel", map[string]any{"deltaX": 0, "deltaY": -30, "button": "none"})
+		b.wait("the wheel to turn", "$('#log').scrollTop < before")
+	})
 	stays("the wheel, when nothing has moved yet", func() { js[any](b, "$('#log').dispatchEvent(new WheelEvent('wheel', { deltaY: -1 }))") })
 	key := func(name string) {
 		js[any](b, "$('#log').focus()")
@@ -8604,7 +8607,7 @@ func TestPageStructure(t *testing.T) {
 		)
 		js[any](b, "$('#user').value = 'a:b'")
 		b.keys("#user", "\uE007")
-		b.checks(check{"a bad name is kept, and the reason said", "$('#user').value === 'a:b' && $('[role=alert]').textContent === 'This name has characters that cannot be used.' && $('#user').getAttribute('aria-describedby') === $('[role=alert]').id && $('#user').ariaInvalid === 'true'"})
+		b.checks(check{"a bad name is kept, and the reason said", "$('#user').value === 'a:b' && $('[role=alert]').textContent === \"U+003A ':' cannot be used in this name.\" && $('#user').getAttribute('aria-describedby') === $('[role=alert]').id && $('#user').ariaInvalid === 'true'"})
 		js[any](b, "$('#user').value = '<b>\"&'; $('#user').form.submit()")
 		b.checks(check{"a name is text", "$('.me') && $('.me').textContent === '<b>\"&' && document.body.dataset.name === '<b>\"&'"})
 	}
@@ -8874,11 +8877,11 @@ func TestLessonCounts(t *testing.T) {
 	t.Parallel()
 	room := startRoom(t)
 	person := newClient(t, room.url)
-	person.postKey(lessonKey(0), "before the lesson")
+	first := person.sayAs(lessonKey(0), "before the lesson")
 	b := openLesson(t, strings.Replace(room.url, "127.0.0.1", "chat.test", 1))
 	begun := time.Now()
 	twin := &counter{}
-	twin.open(t, person, "/stream?after="+lessonKey(0))
+	twin.open(t, person, "/stream?after="+first)
 	b.checks(check{"no number before there is one", "ways.every((name) => cell(name, 'delay') === '')"},
 		check{"the lesson begins at the newest message", "each('messages').join() === '0,0,0'"})
 	person.postKey(lessonKey(1), "from the room")
@@ -8907,7 +8910,7 @@ func TestLessonCounts(t *testing.T) {
 	if got := js[int](b, "return num('sse', 'bytes')"); got != head+body {
 		t.Errorf("SSE received %d bytes by the page's count, %d by ours", got, head+body)
 	}
-	empty := len("retry: 2000\n") + len(pingAt(lessonKey(0)))
+	empty := len("retry: 2000\n") + len(pingAt(first))
 	messages := body - empty // the rest of the twin's: the same two messages
 	b.wait("polling's bytes are exact", "num('polling', 'bytes') === num('polling', 'requests') * arguments[0] + arguments[1]", head+empty, messages)
 
@@ -9027,7 +9030,7 @@ func TestLessonLosesNothing(t *testing.T) {
 	person.postKey(lessonKey(0), "first")
 	p := startPageRelay(t, room.url)
 	b := openLesson(t, p.url())
-	person.postKey(lessonKey(1), "one")
+	one := person.sayAs(lessonKey(1), "one")
 	b.wait("one", "each('messages').join() === '1,1,1'")
 
 	// The button.
@@ -9035,10 +9038,10 @@ func TestLessonLosesNothing(t *testing.T) {
 	b.wait("broken", "state() === 'broken' && $('#break').textContent === 'Connect again'")
 	p.lessonCloses("Break")
 	before := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens("")
-	person.postKey(lessonKey(2), "two")
+	two := person.sayAs(lessonKey(2), "two")
 	b.keys("#message", "three\uE007")
 	b.wait("three is sent", "$('#message').value === ''")
-	person.postKey(lessonKey(4), "four\nand its second line")
+	four := person.sayAs(lessonKey(4), "four\nand its second line")
 	time.Sleep(2500 * time.Millisecond)
 	if after := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens(""); after != before {
 		t.Errorf("%d requests while the connections are broken", after-before)
@@ -9050,9 +9053,9 @@ func TestLessonLosesNothing(t *testing.T) {
 	b.checks(
 		check{"in its order", `ways.every((name) => lines(name).join('|') === 'Ada: four\nand its second line|anonymous: three|Ada: two')`},
 		check{"its delay is the break's", "ways.every((name) => parseFloat(cell(name, 'delay')) > 2 && cell(name, 'delay').endsWith(' s'))"},
-		check{"the wire shows what the browser came with", fmt.Sprintf("raw('#request').includes('Last-Event-ID: %s')", lessonKey(1))},
-		check{"and what it got", fmt.Sprintf("raw('#answer').join('\\n').includes('data: four\\n') || /id: %s\\ndata: \\[.*\\] Ada: two\\n\\nid: \\w{32}\\ndata: .* anonymous: three\\n\\nid: %s\\ndata: .* Ada: four\\ndata: and its second line\\n\\nevent: ping\\nid: %s\\ndata:\\n$/.test(raw('#answer').join('\\n'))", lessonKey(2), lessonKey(4), lessonKey(4))},
-		check{"the commands of the newest", fmt.Sprintf(`$('#entry').textContent === '"%s ' + $('#line').textContent.slice(1) && $('#id').textContent === '%s' && $('#line').textContent.endsWith('Ada: four\\xe2\\x80\\xa8and its second line"')`, lessonKey(4), lessonKey(4))},
+		check{"the wire shows what the browser came with", fmt.Sprintf("raw('#request').includes('Last-Event-ID: %s')", one)},
+		check{"and what it got", fmt.Sprintf("raw('#answer').join('\\n').includes('data: four\\n') || /id: %s\\ndata: \\[.*\\] Ada: two\\n\\nid: \\w{32}~[a-z2-7]{8}\\ndata: .* anonymous: three\\n\\nid: %s\\ndata: .* Ada: four\\ndata: and its second line\\n\\nevent: ping\\nid: %s\\ndata:\\n$/.test(raw('#answer').join('\\n'))", two, four, four)},
+		check{"the commands of the newest", fmt.Sprintf(`$('#entry').textContent === '"%s ' + $('#line').textContent.slice(1) && $('#id').textContent === '%s' && $('#line').textContent.endsWith('Ada: four\\xe2\\x80\\xa8and its second line"')`, four, four)},
 	)
 
 	// Each kind of line has its explanation, by focus and by mouse.

@@ -210,7 +210,7 @@ const history = {
   },
 };
 
-/** The count in the title, and an icon that can be told from the usual one. @param {number} unread */
+/** The count in the title, and another icon. @param {number} unread */
 function badge(unread) {
   document.title = unread ? `(${unread}) ${room}` : room;
   icon.href = unread ? '/assets/unread.svg' : '/assets/favicon.svg';
@@ -530,7 +530,7 @@ on(log, 'pointerdown touchstart', (e) => { // the end of a drag on the scroll ba
   view.isHeld = e.target !== log || !(e.offsetX >= log.clientWidth);
 });
 on(window, 'touchend touchcancel', (e) => e.touches.length || view.release());
-on(window, 'pointerup pointercancel', (e) => e.pointerType === 'touch' || view.release()); // a touch has ends of its own
+on(window, 'pointerup pointercancel', (e) => e.pointerType === 'touch' || view.release());
 on(window, 'pointermove', (e) => view.isHeld && e.pointerType === 'mouse' && !e.buttons && view.release());
 on(document, 'selectionchange', () => view.isHeld || view.release());
 on(pill, 'click', () => view.follow());
@@ -576,22 +576,18 @@ const connection = {
   lose() {
     this.isLive = false;
     outbox.connected(false);
-    this.timer = this.timer || setTimeout(() => this.showLoss(), GRACE);
-  },
-
-  showLoss() {
-    this.show(navigator.onLine ? 'reconnecting' : 'offline');
+    this.timer = this.timer || setTimeout(() => this.show(), GRACE);
   },
 
   /** Nobody writes at a projector, it only waits. @param {string} state */
-  show(state) {
+  show(state = navigator.onLine ? 'reconnecting' : 'offline') {
     body.dataset.state = state;
     body.classList.toggle('lost', state !== 'live');
     status.textContent = T[projector && state !== 'live' ? 'connecting' : state];
   },
 };
 
-on(window, 'online offline', () => body.matches('.lost') && connection.showLoss());
+on(window, 'online offline', () => body.matches('.lost') && connection.show());
 
 // ---- sending ----
 
@@ -643,7 +639,7 @@ function refuse(letter) {
   if (!send.disabled) notice.textContent = T.refused;
 }
 
-/** It is in the room, but its message was lost on the way here. @param {Letter} letter */
+/** Its message was lost on the way here. @param {Letter} letter */
 function miss({ key, text }) {
   const time = new Date().toTimeString().slice(0, 8);
   arrive({ type: 'message', id: key, text: `[${time}] ${me}: ${text}` });
