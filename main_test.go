@@ -8265,10 +8265,10 @@ func TestPageDays(t *testing.T) {
 	js[any](b, "hide(false)")
 	b.hasText("unseen later")
 	b.checks(check{"there is one such line", "$$('[data-new]').length === 1 && row('unseen later').dataset.new"})
-	b.checks(check{"one of a group has its time when it is looked for", "row('later').querySelector('time').getBoundingClientRect().right < 0"})
+	b.checks(check{"one of a group has its time when it is looked for", "!seen(row('later').querySelector('time'))"})
 	r := js[[]float64](b, "row('later').scrollIntoView(); const r = row('later').querySelector('.text').getBoundingClientRect(); return [r.left + 5, r.top + 5]")
 	b.cdp("Input.dispatchMouseEvent", map[string]any{"type": "mouseMoved", "x": r[0], "y": r[1]})
-	b.checks(check{"under the mouse", "row('later').querySelector('time').getBoundingClientRect().left >= 0 && row('later').querySelector('time').textContent === '23:59'"})
+	b.checks(check{"under the mouse", "seen(row('later').querySelector('time')) && row('later').querySelector('time').textContent === '23:59'"})
 }
 
 // The session is over: the room was in memory, and has been started anew.

@@ -242,7 +242,8 @@ function row(e) {
 /** Name, colour, time. @param {any} node @param {string} who @param {string} time @param {number} at */
 function sign(node, who, time, at) {
   node.querySelector('bdi').textContent = who;
-  node.firstElementChild.dataset.initial = [...who][0].toUpperCase();
+  const initial = node.firstElementChild.dataset.initial = [...who][0].toUpperCase();
+  node.firstElementChild.classList.toggle('odd', initial > '\ufcff');
   node.querySelector('time').textContent = time;
   Object.assign(node.dataset, { who, at });
   paint(node, who);
