@@ -146,6 +146,7 @@ import (
 const (
 	ringSize   = 4096     // entries that the log holds, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
+	pieceSize  = 4 << 10  // bytes of WebSocket frames, which each reader has for itself
 	maxName    = 24       // code points of a name
 	maxMarks   = 3        // marks in a row in a name, on one letter
 	maxMessage = 4000     // code points of a message
@@ -2305,8 +2306,12 @@ func reply(status int, said string, wait time.Duration) []byte {
 // Write writes events. With the ping of a silence goes one that the peer's library answers. Nothing is
 // heard before the first event is out, so no reply comes before retry:.
 func (ws *webSocket) Write(b []byte) (int, error) {
-	frames, op := slices.Grow(ws.head, len(b)+len(b)/16+16), byte(opText)
+	frames, op := slices.Grow(ws.head, min(len(b), pieceSize)+16), byte(opText)
 	for event := range bytes.SplitAfterSeq(b, []byte("\n\n")) {
+		if len(frames) > 0 && len(frames)+len(event) > pieceSize {
+			ws.put(frames, opText)
+			frames = frames[:0]
+		}
 		if len(event) > 0 {
 			frames = appendFrame(frames, opText, event)
 		}
@@ -2419,12 +2424,16 @@ func readFrame(r io.Reader, room int, more bool) (op byte, last bool, data []byt
 		return 0, false, nil, err
 	}
 	op, last = head[0]&0x7f, head[0]&0x80 != 0 // reserved bits make it an opcode that is none
-	size, wide := uint64(head[1]&0x7f), 0
+	size, control := uint64(head[1]&0x7f), op == opClose || op == opPing || op == opPong
+	switch {
+	case head[1]&0x80 == 0, control && (!last || size > 125), !control && (op > opBinary || more != (op == opMore)):
+		return opClose, true, []byte(forbidden), nil
+	case op == opBinary:
+		return opClose, true, []byte(notText), nil
+	}
+	wide := 0
 	if size > 125 {
 		wide, size = map[uint64]int{126: 2, 127: 8}[size], 0 // in bytes of its own
-	}
-	if head[1]&0x80 == 0 { // no mask
-		return opClose, true, []byte(forbidden), nil
 	}
 	if _, err = io.ReadFull(r, head[2:6+wide]); err != nil {
 		return 0, false, nil, err
@@ -2432,13 +2441,9 @@ func readFrame(r io.Reader, room int, more bool) (op byte, last bool, data []byt
 	for _, b := range head[2 : 2+wide] {
 		size = size<<8 | uint64(b)
 	}
-	control := op == opClose || op == opPing || op == opPong
 	switch {
-	case control && (!last || wide > 0), !control && (op > opBinary || more != (op == opMore)),
-		wide == 2 && size < 126, wide == 8 && size < 1<<16, size > math.MaxInt64:
+	case wide == 2 && size < 126, wide == 8 && size < 1<<16, size > math.MaxInt64:
 		return opClose, true, []byte(forbidden), nil
-	case op == opBinary:
-		return opClose, true, []byte(notText), nil
 	case !control && size > uint64(room):
 		return opClose, true, []byte(tooLong), nil
 	}

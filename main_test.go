@@ -10131,6 +10131,276 @@ func TestWebSocketAtTheEnd(t *testing.T) {
 	told.Wait()
 }
 
+// What a peer does that is no use to anybody costs the room no more than a stream would, and not for long.
+func TestWebSocketInTime(t *testing.T) {
+	const never, second = time.Hour, time.Second
+	every := func(pause time.Duration, what string) func(p *peer) {
+		return func(p *peer) {
+			for i := 0; ; i++ {
+				time.Sleep(pause)
+				if _, err := p.conn.Write([]byte{what[i%len(what)]}); err != nil {
+					return
+				}
+			}
+		}
+	}
+	for _, test := range []struct {
+		name  string
+		reads bool
+		does  func(p *peer)
+		stays time.Duration // if the room stays open
+		stops time.Duration // how long shutdown takes
+	}{
+		{"reads nothing", false, func(p *peer) {}, writeTimeout + writeRenew, stopTimeout},
+		{"answers nothing", true, func(p *peer) {}, heartbeat + pongTimeout, stopTimeout},
+		{"sends one byte after the ping", true, func(p *peer) { time.Sleep(16 * second); io.WriteString(p.conn, "\x81") },
+			2*heartbeat + pongTimeout, stopTimeout},
+		{"sends a byte a minute", true, every(61*second, say("never whole")), heartbeat + pongTimeout, stopTimeout},
+		{"sends a byte in 40 s", true, every(40*second, masked(0x81, strings.Repeat("x", 60000))), never, stopTimeout},
+		{"pings in 20 s", true, every(20*second, "\x89\x80abcd"), never, stopTimeout},
+		{"posts in 40 s", true, func(p *peer) {
+			for {
+				time.Sleep(40 * second)
+				if _, err := io.WriteString(p.conn, say("hello")); err != nil {
+					return
+				}
+			}
+		}, never, stopTimeout},
+		{"announces much and sends nothing", true, func(p *peer) { io.WriteString(p.conn, announce(0x81, 65536, "abcd", "")) },
+			heartbeat + pongTimeout, stopTimeout},
+		{"goes without a word", true, func(p *peer) { p.conn.Close() }, 0, 0},
+		{"closes and stays", true, func(p *peer) { io.WriteString(p.conn, masked(0x88, "\x03\xe8")) }, closeTimeout, stopTimeout},
+		{"breaks the rules and stays", true, func(p *peer) { io.WriteString(p.conn, "\xff\xff") }, closeTimeout, stopTimeout},
+		{"closes, and then never ends", true, func(p *peer) {
+			io.WriteString(p.conn, masked(0x88, ""))
+			every(second, "x")(p)
+		}, closeTimeout, stopTimeout},
+	} {
+		for _, stops := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, shutdown %v", test.name, stops), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					s := newTestServer(t, t.Logf)
+					srv, pipes := s.httpServer(t.Context()), make(pipeListener)
+					go srv.Serve(pipes)
+					here, there := net.Pipe()
+					pipes <- there
+					p := &peer{t, here, bufio.NewReader(here)}
+					io.WriteString(here, shake("/ws"))
+					start := time.Now()
+					if test.reads {
+						go io.Copy(io.Discard, here)
+					}
+					synctest.Wait()
+					var doing sync.WaitGroup
+					doing.Go(func() { test.does(p) })
+					defer doing.Wait()
+					defer here.Close()
+					synctest.Wait()
+					if stops {
+						s.shutdown(srv)
+						took := time.Since(start)
+						if synctest.Wait(); took != test.stops || s.conns.Load() != 0 || len(s.streams) != 0 {
+							t.Errorf("it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), len(s.streams), test.stops)
+						}
+						return
+					}
+					for s.conns.Load() > 0 && time.Since(start) < never {
+						time.Sleep(second)
+						synctest.Wait()
+					}
+					if took := time.Since(start); took < test.stays || took > test.stays+2*second {
+						t.Errorf("it is gone after %v, want %v", took, test.stays)
+					}
+					s.shutdown(srv)
+				})
+			})
+		}
+	}
+}
+
+// In a silence both pings come, every 15 s. Who is closed by the process answers, and that is the end.
+func TestWebSocketPings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTestServer(t, t.Logf)
+		srv, pipes := s.httpServer(t.Context()), make(pipeListener)
+		go srv.Serve(pipes)
+		here, there := net.Pipe()
+		pipes <- there
+		start := time.Now()
+		p := meet(t, here, shake("/ws"))
+		for i, want := range []string{"(ping)", "(ping)", "ping ", "(ping)", "ping ", "reply 204", "hello", "(ping)", "ping "} {
+			got := p.word()
+			at := heartbeat * time.Duration((i+1)/2)
+			if i > 4 {
+				at = 2*heartbeat + time.Second
+			}
+			if i > 6 {
+				at += heartbeat
+			}
+			if i == 6 && got == "reply 204" || i == 5 && got == "hello" {
+				continue // two goroutines write
+			}
+			if got != want || time.Since(start) != at {
+				t.Errorf("%v: %q, want %q after %v", time.Since(start), got, want, at)
+			}
+			if i == 4 {
+				time.Sleep(time.Second)
+				p.send(say("hello"))
+			}
+		}
+		ended := make(chan time.Duration)
+		start = time.Now()
+		go func() {
+			s.shutdown(srv)
+			ended <- time.Since(start)
+		}()
+		if got := p.until("close 1001"); len(got) != 2 || got[0] != "(ping)" {
+			t.Errorf("at the end comes %q", got)
+		}
+		p.send(masked(0x88, "\x03\xe9"))
+		here.Close()
+		if took := <-ended; took != 0 {
+			t.Errorf("a peer that closes holds the end up for %v", took)
+		}
+	})
+}
+
+// TestWebSocketsThatNeverRead are as in TestReadersThatNeverRead.
+func TestWebSocketsThatNeverRead(t *testing.T) {
+	t.Parallel()
+	const readers, messages = 200, 1000
+	p := startProcess(t)
+	c := newClient(t, p.url)
+	c.sayMany(messages, kilobyte)
+	files, before := p.descriptors(), p.resident()
+	for i := range readers {
+		conn := dial(t, p.url)
+		conn.(*net.TCPConn).SetReadBuffer(64 << 10)
+		io.WriteString(conn, shake("/ws"))
+		if i%2 == 0 { // and wants to be answered
+			io.WriteString(conn, strings.Repeat(masked(0x89, strings.Repeat("p", 125)), 50))
+		}
+	}
+	live := c.stream("", "")
+	live.until("ping")
+	slowest := time.Duration(0)
+	for i := range messages {
+		start := time.Now()
+		c.say(fmt.Sprint(i, kilobyte))
+		if got := live.message().number(); got != i {
+			t.Fatalf("somebody else heard %d, want %d", got, i)
+		}
+		slowest = max(slowest, time.Since(start))
+	}
+	cost := (p.resident() - before) / readers
+	if slowest > 10*time.Second || cost > 64 {
+		t.Errorf("somebody else's message took %v, and each costs %d KB, want at most 64", slowest, cost)
+	}
+	t.Logf("each costs %d KB; the slowest message took %v", cost, slowest)
+	if !testing.Short() {
+		live.close()
+		within(t, 2*patience, "those who do not read to be cut off", func() bool { return p.descriptors() < files+10 })
+	}
+}
+
+// TestWebSocketsComeAndGo in every way there is. What they took comes back.
+func TestWebSocketsComeAndGo(t *testing.T) {
+	t.Parallel()
+	readers, rounds := 2500, 2
+	if testing.Short() {
+		readers = 100
+	}
+	p := startProcess(t)
+	c := newClient(t, p.url)
+	c.say("hello")
+	ways := []func(*net.TCPConn){
+		func(conn *net.TCPConn) {},                                                               // FIN, after an answer
+		func(conn *net.TCPConn) { conn.SetLinger(0) },                                            // RST
+		func(conn *net.TCPConn) { io.WriteString(conn, masked(0x88, "\x03\xe8")) },               // as it should
+		func(conn *net.TCPConn) { io.WriteString(conn, announce(0x81, 65536, "abcd", "")) },      // in the middle of a frame
+		func(conn *net.TCPConn) { io.WriteString(conn, "\xff\xff"); conn.SetLinger(0) },          // breaking the rules
+		func(conn *net.TCPConn) { io.WriteString(conn, masked(0x01, "data: x")) },                // in the middle of a message
+		func(conn *net.TCPConn) { conn.CloseWrite() },                                            // half
+		func(conn *net.TCPConn) { io.WriteString(conn, "x"); conn.SetLinger(0); conn.Close() },   // with a byte
+		func(conn *net.TCPConn) { io.WriteString(conn, say("x")); io.WriteString(conn, "\x89") }, // with a post
+	}
+	files := p.descriptors()
+	var memory []int
+	for range rounds {
+		together(50, func(i int) {
+			for n := i; n < readers; n += 50 {
+				conn := dial(t, p.url).(*net.TCPConn)
+				conn.SetDeadline(time.Now().Add(2 * patience))
+				io.WriteString(conn, shake("/ws"))
+				if n%3 > 0 { // else gone before the answer
+					conn.Read(make([]byte, 2000))
+				}
+				ways[n%len(ways)](conn)
+				conn.Close()
+			}
+		})
+		within(t, patience, "the descriptors to come back", func() bool { return p.descriptors() <= files+2 })
+		memory = append(memory, p.resident())
+	}
+	if memory[1] > memory[0]+10<<10 {
+		t.Errorf("it holds %d KB after %d readers and %d KB after twice as many", memory[0], readers, memory[1])
+	}
+	if n := p.goroutines(); n > 5 {
+		t.Errorf("%d goroutines are left, want about 3", n)
+	}
+}
+
+// FuzzWebSocket: whatever comes, the reader takes no more than a message may have, and what it takes for
+// one is UTF-8 that was sent whole, whatever the pieces in which it comes.
+func FuzzWebSocket(f *testing.F) {
+	for _, s := range []string{"", say("hello"), masked(0x89, "p") + masked(0x88, "\x03\xe8"), masked(0x01, "a") + masked(0x80, "b"),
+		masked(0x82, "x"), announce(0x81, 65536, "abcd", "x"), "\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xffabcd", "\x81\xfe\x00\x05abcd12345",
+		announce(0x81, 3, "", "abc"), "\xff\xff", masked(0x8a, strings.Repeat("x", 125)), say(strings.Repeat("x", 300))} {
+		f.Add([]byte(s), 70)
+	}
+	f.Fuzz(func(t *testing.T, sent []byte, room int) {
+		if room < 0 || room > maxBody {
+			return
+		}
+		for _, more := range []bool{false, true} {
+			in := bytes.NewReader(sent)
+			op, last, data, err := readFrame(in, room, more)
+			slowly := iotest{bytes.NewReader(sent)}
+			op2, last2, data2, err2 := readFrame(slowly, room, more)
+			if op != op2 || last != last2 || !bytes.Equal(data, data2) || (err == nil) != (err2 == nil) {
+				t.Fatalf("%x reads as %x %v %x %v, and a byte at a time as %x %v %x %v", sent, op, last, data, err, op2, last2, data2, err2)
+			}
+			control := op == opClose || op == opPing || op == opPong
+			if len(data) > max(room, 125) || cap(data) > 2*max(room, 512) || control && len(data) > 125 {
+				t.Fatalf("%x reads as %d bytes in %d, with room for %d", sent, len(data), cap(data), room)
+			}
+			if err != nil {
+				continue
+			}
+			taken := sent[:len(sent)-in.Len()]
+			if op == opClose && slices.Contains([]string{forbidden, notText, tooLong}, string(data)) {
+				continue // a close of its own, or one like it
+			}
+			if !control && (op > opText || more != (op == opMore)) || control && !last {
+				t.Fatalf("%x reads as opcode %x, %v, more %v", sent, op, last, more)
+			}
+			first := op
+			if last {
+				first |= 0x80
+			}
+			mask := taken[len(taken)-len(data)-4 : len(taken)-len(data)]
+			if again := announce(first, len(data), string(mask), string(data)); again != string(taken) {
+				t.Fatalf("%x reads as %x %v %x, which is sent as %x", taken, op, last, data, again)
+			}
+		}
+	})
+}
+
+// An iotest reads a byte at a time.
+type iotest struct{ io.Reader }
+
+func (r iotest) Read(b []byte) (int, error) { return r.Reader.Read(b[:min(len(b), 1)]) }
+
 // ---- documents ----
 
 // documents are README.md and the files that go on where it ends, with what each is in Chinese.
