@@ -10401,6 +10401,197 @@ type iotest struct{ io.Reader }
 
 func (r iotest) Read(b []byte) (int, error) { return r.Reader.Read(b[:min(len(b), 1)]) }
 
+// pythonReader hears the room through Debian's websockets, coming back as /stream's readers do: to the
+// next address, with the last id. It prints each text, "(gap)" if there was one, and how a post of its
+// own was answered; after the text "last" it ends.
+const pythonReader = `
+import asyncio, json, sys, websockets
+async def hear(urls):
+    last, n, got = "", 0, []
+    while not got or got[-1] != "last":
+        try:
+            async with websockets.connect(urls[n % len(urls)] + "/ws?after=" + last, close_timeout=1) as room:
+                print("(open)", flush=True)
+                async for event in room:
+                    lines = event.rstrip("\n").split("\n")
+                    fields = dict(line.split(": ", 1) if ": " in line else (line[:-1], "") for line in lines)
+                    last = fields.get("id", last)
+                    if fields.get("event") == "gap":
+                        got.append("(gap)")
+                    elif "event" not in fields:
+                        got.append(fields["data"].split(": ", 1)[1])
+                    if got and got[-1] == "last":
+                        return got
+        except (OSError, websockets.WebSocketException) as e:
+            print("(%s)" % type(e).__name__, file=sys.stderr, flush=True)
+        n += 1
+        await asyncio.sleep(0.05)
+print("\n".join(asyncio.run(hear(sys.argv[1:]))))
+`
+
+// pythonWriter posts through one WebSocket, each text under a key of its own, and every third again.
+const pythonWriter = `
+import asyncio, json, sys, websockets
+async def post(room, key, text):
+    await room.send("id: %s\ndata: %s\n\n" % (key, text))
+    while True:
+        event = await room.recv()
+        if event.startswith("event: reply\n"):
+            return json.loads(event.split("data: ", 1)[1])
+async def main(url, n):
+    async with websockets.connect(url + "/ws", ping_interval=0.2) as room:
+        for i in range(n):
+            key = "key-of-a-message-%04d" % i
+            answers = [await post(room, key, "text %d" % i) for _ in range(1 + (i % 3 == 0))]
+            assert all(a["status"] == 204 and a["id"].split("~")[0] == key for a in answers), answers
+            assert len(set(a["id"] for a in answers)) == 1, answers
+        for text in ["", "x" * 4001]:
+            print(json.dumps(await post(room, "key-of-another-one-1", text)))
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+`
+
+// python is a command for a program that uses Debian's websockets.
+func python(t testing.TB, program string, args ...string) *exec.Cmd {
+	t.Helper()
+	const path = "/usr/bin/python3" // Debian's, whatever other there is
+	if err := exec.Command(path, "-c", "import websockets").Run(); err != nil {
+		need(t, "python3 with websockets", "apt-get install python3-websockets")
+	}
+	return exec.Command(path, append([]string{"-c", program}, args...)...)
+}
+
+// ws is the address of a room for WebSockets.
+func (p *program) ws() string { return "ws" + strings.TrimPrefix(p.url, "http") }
+
+// changing says 500 texts to a room of three processes, the last of which stays. The first is told to
+// end and the second is killed on the way. It returns what was said; halfway is called when the first
+// texts are in.
+func changing(t *testing.T, processes []*program) (want []string) {
+	t.Helper()
+	c := newClient(t, processes[2].url)
+	for i := range 500 {
+		text := fmt.Sprint("text ", i)
+		c.say(text)
+		want = append(want, text)
+		switch i {
+		case 150:
+			processes[0].signal("TERM")
+			if err := processes[0].wait(patience); err != nil {
+				t.Errorf("SIGTERM ends it with %v", err)
+			}
+		case 330:
+			processes[1].kill()
+		}
+		time.Sleep(2 * time.Millisecond) // so that they come in many pieces
+	}
+	c.say("last")
+	return append(want, "last")
+}
+
+func TestWebSocketOfPython(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	var processes []*program
+	var urls []string
+	for range 3 {
+		p := startProcess(t, "-redis", r.addr).joined()
+		processes, urls = append(processes, p), append(urls, p.ws())
+	}
+	reader := launch(t, python(t, pythonReader, urls...))
+	eventually(t, "Python to listen", func() bool { return strings.Contains(reader.out.String(), "(open)") })
+	want := changing(t, processes)
+	if err := reader.wait(patience); err != nil {
+		t.Fatalf("the reader ended with %v", err)
+	}
+	got := slices.DeleteFunc(strings.Split(strings.TrimSpace(reader.out.String()), "\n"), func(line string) bool { return line == "(open)" })
+	if !slices.Equal(got, want) || strings.Count(reader.out.String(), "(open)") < 3 {
+		t.Errorf("it heard %d texts over %d connections, want %d, in order:\n%.2000q", len(got), strings.Count(reader.out.String(), "(open)"), len(want), got)
+	}
+
+	c := newClient(t, processes[2].url)
+	before := len(r.history())
+	out, err := python(t, pythonWriter, processes[2].ws(), "60").CombinedOutput()
+	if err != nil || strings.Count(string(out), `"status": 4`) != 2 || strings.Count(string(out), `"reason": "`) != 2 {
+		t.Errorf("posting through a WebSocket: %v\n%s", err, out)
+	}
+	if got := c.newcomer(); len(r.history()) != before+60 || !slices.Equal(got[len(got)-2:], []string{"text 58", "text 59"}) {
+		t.Errorf("60 posts, some of them sent twice, are %d more in Redis", len(r.history())-before)
+	}
+}
+
+// browserReader does the same in a browser, and posts.
+const browserReader = `
+const [urls, window_] = [arguments[0], window];
+window_.got = []; window_.opened = 0; window_.codes = []; window_.replies = [];
+let last = "", n = 0;
+const open = () => {
+	const room = window_.room = new WebSocket(urls[n++ % urls.length] + "/ws?after=" + encodeURIComponent(last));
+	room.onopen = () => window_.opened++;
+	room.onmessage = ({ data }) => {
+		const field = (name) => (data.match(new RegExp("^" + name + ": ?(.*)$", "m")) || [])[1];
+		last = field("id") ?? last;
+		if (field("event") === "reply") window_.replies.push(JSON.parse(field("data")));
+		else if (field("event") === "gap") window_.got.push("(gap)");
+		else if (field("event") === undefined) window_.got.push(field("data").replace(/^.*?: /, ""));
+	};
+	room.onclose = ({ code }) => { window_.codes.push(code); if (window_.got.at(-1) !== "last") setTimeout(open, 50); };
+};
+open();
+`
+
+func TestWebSocketOfChromium(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	port := freePort(t)
+	stays := startProcess(t, "-redis", r.addr, "-addr", "127.0.0.1:"+port).joined()
+	processes, urls := []*program{nil, nil, stays}, []string{"", "", stays.ws()}
+	for i := range 2 {
+		processes[i] = startProcess(t, "-redis", r.addr, "-origin", stays.url).joined()
+		urls[i] = processes[i].ws()
+	}
+	b := startBrowser(t)
+	b.open(stays.url + "/healthz") // a page without a Content-Security-Policy, of an origin that all know
+	js[any](b, browserReader, urls)
+	b.wait("Chromium to listen", "window.opened === 1")
+	want := changing(t, processes)
+	b.waitFor("the last text", patience, "window.got.at(-1) === 'last'")
+	if got := js[[]string](b, "return window.got"); !slices.Equal(got, want) {
+		t.Errorf("it heard %d texts, want %d, in order:\n%.2000q", len(got), len(want), got)
+	}
+	if codes := js[[]int](b, "return window.codes"); len(codes) < 2 || codes[0] != 1001 || codes[1] != 1006 {
+		t.Errorf("the WebSockets ended with %v, want 1001 for SIGTERM and 1006 for SIGKILL first", codes)
+	}
+
+	js[any](b, `for (let i = 0; i < 20; i++) for (let again = 0; again < 2; again++)
+		window.room.send("id: key-of-a-message-" + String(i).padStart(4, "0") + "\ndata: 你好 " + i);
+		window.room.send("no event")`)
+	b.wait("all replies", "window.replies.length === 41")
+	answers := js[[]outcome](b, "return window.replies")
+	for i, a := range answers[:40] {
+		if want := fmt.Sprintf("key-of-a-message-%04d", i/2); a.Status != 204 || nameOf(a.ID) != want || a.ID != answers[i/2*2].ID {
+			t.Errorf("post %d is answered %+v, want 204 and the id of %s", i, a, want)
+		}
+	}
+	if answers[40].Status != 400 {
+		t.Errorf("what is no event is answered %+v", answers[40])
+	}
+	if got := newClient(t, stays.url).newcomer(); len(r.history()) != len(want)+20 || got[len(got)-1] != "你好 19" {
+		t.Errorf("20 posts, each sent twice, are %d in Redis", len(r.history())-len(want))
+	}
+	js[any](b, "window.room.close(3001, 'bye')")
+	b.wait("an answer to a close", "window.codes.at(-1) === 3001")
+
+	// A page of another site is refused, with whatever cookies it has.
+	js[any](b, "const other = new WebSocket(arguments[0] + '/ws'); other.onclose = () => window.refused = other.readyState; other.onopen = () => window.refused = 'open'",
+		"ws://localhost:"+port)
+	b.wait("another site to be refused", "window.refused === 3")
+
+	// The chat page's own policy lets a console open one.
+	b.open(stays.url + "/login")
+	js[any](b, "const room = new WebSocket('ws://' + location.host + '/ws'); room.onmessage = () => window.heard = true")
+	b.wait("a page of the room to hear it", "window.heard")
+}
+
 // ---- documents ----
 
 // documents are README.md and the files that go on where it ends, with what each is in Chinese.
