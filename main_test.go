@@ -10592,6 +10592,198 @@ func TestWebSocketOfChromium(t *testing.T) {
 	b.wait("a page of the room to hear it", "window.heard")
 }
 
+// Behind the proxies of the documents a WebSocket works as without: the session, the end, and /stream
+// beside it.
+func TestWebSocketBehindProxies(t *testing.T) {
+	t.Parallel()
+	twoServers := func(t *testing.T, block string, oldnew ...string) (text string, rooms []*program) {
+		t.Helper()
+		r := startRedis(t)
+		for _, port := range []string{"127.0.0.1:8989", "127.0.0.1:8990"} {
+			room := startProcess(t, "-redis", r.addr).joined()
+			rooms, oldnew = append(rooms, room), append(oldnew, port, strings.TrimPrefix(room.url, "http://"))
+		}
+		return adapt(t, block, oldnew...), rooms
+	}
+	for _, test := range []struct {
+		name  string
+		start func(t *testing.T) (addr string, rooms []*program)
+	}{
+		{"nginx and one process", func(t *testing.T) (string, []*program) {
+			return behindNginx(t, "", ""), nil
+		}},
+		{"nginx and two", func(t *testing.T) (addr string, rooms []*program) {
+			addr, _ = serve(t, func(addr string) *exec.Cmd {
+				var block string
+				block, rooms = twoServers(t, blocks(t, "nginx")[1], "listen 443 ssl http2;", "listen "+addr+";",
+					"listen 80;", "listen 127.0.0.3:"+freePort(t)+";", "listen [::]:80;", "", "listen [::]:443 ssl http2;", "")
+				return nginx(t, "", regexp.MustCompile(`ssl_certificate\w* [^;]*;`).ReplaceAllString(block, ""))
+			})
+			return addr, rooms
+		}},
+		{"Caddy and two", func(t *testing.T) (addr string, rooms []*program) {
+			caddy, dir := need(t, "caddy", "apt-get install caddy"), t.TempDir()
+			addr, _ = serve(t, func(addr string) *exec.Cmd {
+				var block string
+				block, rooms = twoServers(t, blocks(t, "caddyfile")[0], "chat.example.org {", "http://"+addr+" {")
+				cmd := exec.Command(caddy, "run", "--adapter", "caddyfile", "--config", writeFile(t, filepath.Join(dir, "Caddyfile"), "{\n\tadmin off\n}\n"+block))
+				cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
+				return cmd
+			})
+			return addr, rooms
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			addr, rooms := test.start(t)
+			c := newClient(t, "http://"+addr)
+			eventually(t, "the proxy to answer", func() bool {
+				resp, err := c.send(context.Background(), "GET", "/healthz", "")
+				if err == nil {
+					resp.Body.Close()
+				}
+				return err == nil && resp.StatusCode == 200
+			})
+			c.login("小明")
+			session := "Cookie: " + c.session().Name + "=" + c.session().Value
+			own := []string{"Host: " + addr, session, "Origin: http://" + addr}
+			live, p := c.stream("", ""), c.socket("", own...)
+			live.until("ping")
+			p.until("(ping)")
+			for i := range 5 { // each arrives by itself, both ways
+				text := fmt.Sprint("one by one ", i)
+				p.send(say(text), masked(0x89, text))
+				live.hears("小明: " + text)
+				got := []string{p.word(), p.word(), p.word()}
+				slices.Sort(got)
+				if want := []string{text, "pong " + text, "reply 204"}; !slices.Equal(got, want) {
+					t.Fatalf("got %q, want %q", got, want)
+				}
+			}
+			if got := rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Origin: http://other.example")); got.status != 403 {
+				t.Errorf("a page of another site gets %d, want 403", got.status)
+			}
+			if got := rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Upgrade:")); got.status != 426 {
+				t.Errorf("without a handshake comes %d, want 426", got.status)
+			}
+			p.send(masked(0x88, "\x0b\xb9"))
+			if got := p.until("close 3001"); len(got) != 1 || p.word() != "end" {
+				t.Errorf("a close is answered %q", got)
+			}
+
+			if rooms == nil {
+				return
+			}
+			all := c.poll("")
+			after := "after=" + all[len(all)-1].id
+			two := []*peer{c.socket(after, own...), c.socket(after, own...)}
+			for _, p := range two {
+				p.until("(ping)")
+			}
+			rooms[0].signal("TERM")
+			rooms[0].wait(patience)
+			c.insist("after")
+			for _, p := range two { // each at either process
+				got := []string{p.word()}
+				if got[0] == "(ping)" {
+					got = append(got, p.word(), p.word())
+				}
+				if !slices.Equal(got, []string{"after"}) && !slices.Equal(got, []string{"(ping)", "close 1001", "end"}) {
+					t.Errorf("when a process ends comes %q", got)
+				}
+			}
+		})
+	}
+}
+
+// What the documents show of a browser's console and of Python is run.
+func TestWebSocketInDocuments(t *testing.T) {
+	t.Parallel()
+	room := startRoom(t)
+	c := newClient(t, room.url)
+	live := c.stream("", "")
+	here := strings.NewReplacer("localhost:8989", strings.TrimPrefix(room.url, "http://"))
+
+	cmd := python(t, "")
+	cmd.Args = []string{cmd.Path, "-m", "asyncio"}
+	typed, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	shell := launch(t, cmd)
+	io.WriteString(typed, here.Replace(blocks(t, "python")[0])+"\n")
+	live.hears("anonymous: hello from Python")
+	eventually(t, "Python to print the message and the reply", func() bool {
+		out := shell.out.String()
+		return strings.Contains(out, "anonymous: hello from Python") && strings.Contains(out, `{"status":204,"id":"`)
+	})
+
+	b := startBrowser(t)
+	b.open(room.url + "/login")
+	js[any](b, "window.said = []; console.log = (text) => window.said.push(text)")
+	js[any](b, here.Replace(blocks(t, "js")[0]))
+	live.hears("anonymous: hello from the console")
+	b.wait("the console to show the message and the reply",
+		`["anonymous: hello from the console", '{"status":204,"id":"'].every((part) => said.some((text) => text.includes(part)))`)
+}
+
+// BenchmarkWebSocket is the fan-out to 2000 readers through WebSockets beside the same through /stream,
+// from a process of its own on the first processor, as in BenchmarkBeside.
+func BenchmarkWebSocket(b *testing.B) {
+	for _, mode := range []struct {
+		name  string
+		every time.Duration
+	}{{"burst", 0}, {"steady", 20 * time.Millisecond}} {
+		for name, request := range map[string]string{"stream": rawGet("/stream"), "websocket": shake("/ws")} {
+			b.Run(mode.name+"/"+name, func(b *testing.B) {
+				addr, pid := pinnedRoom(b)
+				var seen atomic.Int64 // messages, by the words of markText
+				enter := func(n int) {
+					for range n {
+						conn, err := net.Dial("tcp", addr)
+						if err != nil {
+							b.Fatal(err)
+						}
+						b.Cleanup(func() { conn.Close() })
+						io.WriteString(conn, request)
+						buf := make([]byte, 4096)
+						if n, err := conn.Read(buf); err != nil || n == 0 {
+							b.Fatalf("the answer has no head: %v", err)
+						}
+						go func() {
+							for {
+								n, err := conn.Read(buf)
+								if err != nil {
+									return
+								}
+								seen.Add(int64(bytes.Count(buf[:n], []byte("~"))))
+							}
+						}()
+					}
+				}
+				const readers, few, marks = 2000, 100, 2 // of a message: in its id, and in its text
+				enter(few)                               // what all readers share is there now
+				_, before := used(b, pid)
+				enter(readers)
+				cpu, memory := used(b, pid)
+				seen.Store(0)
+				b.ResetTimer()
+				publish(b, "http://"+addr+"/post", mode.every)
+				deliveries := b.N * (few + readers)
+				for end := time.Now().Add(time.Minute); seen.Load() < int64(deliveries*marks) && time.Now().Before(end); {
+					time.Sleep(time.Millisecond)
+				}
+				if seen.Load() < int64(deliveries*marks) {
+					b.Fatalf("%d of %d deliveries came", seen.Load()/marks, deliveries)
+				}
+				after, _ := used(b, pid)
+				b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(deliveries), "cpu-ns/delivery")
+				b.ReportMetric(float64(memory-before)/readers, "B/reader")
+			})
+		}
+	}
+}
+
 // ---- documents ----
 
 // documents are README.md and the files that go on where it ends, with what each is in Chinese.
