@@ -13,6 +13,7 @@ The tests, in the order of this file, and what of README.md's promises each part
 	mixed      all of them at once over real HTTP (CHAT_MIXED=10m, CHAT_SEED)
 	readers    what one costs who reads slowly, or not, or leaves; descriptors
 	pages      in a real browser: the chat page, the lesson
+	websocket  RFC 6455 over raw sockets; fuzz; Python, Chromium, nginx and Caddy; what a peer costs
 	documents  README's lines are run: shell, nginx, Caddy, systemd; manual, flags and numbers agree
 	benchmarks
 
@@ -10028,6 +10029,22 @@ func TestWebSocketSendsTheSame(t *testing.T) {
 		if got := p.word(); got != long {
 			t.Errorf("with %s comes %.50q, want what follows", name, got)
 		}
+	}
+}
+
+// What comes with the handshake is not lost, and not answered before the line with retry:.
+func TestWebSocketEarly(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	conn := dial(t, c.url)
+	conn.SetDeadline(time.Now().Add(patience))
+	p := meet(t, conn, shake("/ws")+say("early")+masked(0x89, "p")+say("again"))
+	if op, text := p.frame(); op != opText || !strings.HasPrefix(text, "retry: ") {
+		t.Errorf("first comes %x %q", op, text)
+	}
+	got := append(append(p.until("reply 204"), p.until("pong p")...), p.until("reply 204")...)
+	if want := []string{"early", "again"}; !slices.Equal(c.newcomer(), want) {
+		t.Errorf("after %q the room has %q, want %q", got, c.newcomer(), want)
 	}
 }
 
