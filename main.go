@@ -144,7 +144,7 @@ import (
 )
 
 const (
-	ringSize   = 4096     // entries that the log holds, and those of the Redis list that are history
+	ringSize   = 4096     // entries of the log, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
 	pieceSize  = 4 << 10  // bytes of WebSocket frames, which each reader has for itself
 	maxName    = 24       // code points of a name
@@ -171,13 +171,13 @@ const (
 	writeTimeout = 30 * time.Second       // for a reader to take one block
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
-	readBuffer   = 4 << 10                // bytes the kernel takes from a reader, who has nothing to say
-	pongTimeout  = 45 * time.Second       // for the peer of a WebSocket to send anything after a ping,
+	readBuffer   = 4 << 10                // bytes it takes from a reader, who has nothing to say
+	pongTimeout  = 45 * time.Second       // for a WebSocket's peer to send anything after a ping,
 	closeTimeout = 2 * time.Second        // and to close its side behind ours
-	askTimeout   = 2 * time.Second        // how long a poll waits at least for its place to be known
+	askTimeout   = 2 * time.Second        // that a poll waits at least for its place to be known
 	maxWait      = time.Minute            // longest ?wait=
-	maxPoll      = 64 << 10               // bytes after which a long poll ends though there is more
-	retryLow     = 1000                   // ms after which readers of a process that ends come back,
+	maxPoll      = 64 << 10               // bytes after which a long poll ends, too
+	retryLow     = 1000                   // ms after which readers come back when the process ends,
 	retryHigh    = 4000                   // spread up to this
 	pollRetry    = 2000                   // ms between polls
 	longLow      = 200                    // ms between long polls,
@@ -193,15 +193,14 @@ const (
 	joinTimeout    = 10 * time.Second       // the first time behind all that came with the list
 	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
 	maxBackoff     = 2 * time.Second        // this, each half as long to half as long again
-	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back; see identify
+	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
-	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room has gone
+	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room
 
-	spareFiles = 24          // descriptors that connections must leave: Redis, its redial, the listener
+	spareFiles = 24          // descriptors that connections leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken
-	fullPause  = time.Minute // between two words in the log that all are taken
-	floodPause = time.Minute // between two words in the log on what the limits refuse
+	floodPause = time.Minute // between two words in the log on what is refused
 )
 
 //go:embed assets
@@ -225,7 +224,8 @@ func main() {
 //
 // When ctx ends the log closes, which ends every stream; requests see their context end; what is
 // left after stopTimeout is cut off.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+func run(ctx context.Context, args []string, getenv func(string) string,
+	stdout, stderr io.Writer) error {
 	cfg, err := configure(args, getenv, stdout)
 	if err != nil || cfg == nil {
 		return err
@@ -296,8 +296,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 	flags := flag.NewFlagSet("chat", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.addr, "addr", ":8989", "address to listen on, `host:port`")
-	server := flags.String("redis", "", "`server` that shares the room: host:port, or a redis:// or rediss:// URL\n"+
-		"(default $REDIS_URL; when that is empty, a room in memory)")
+	server := flags.String("redis", "", "`server` that shares the room: host:port, or a "+
+		"redis:// or rediss:// URL\n(default $REDIS_URL; when that is empty, a room in memory)")
 	flags.StringVar(&c.channel, "channel", "chat", "Redis channel `name` of the room")
 	flags.IntVar(&c.history, "history", 200, "messages that a newcomer gets, at most 4096")
 	flags.Float64Var(&c.rate, "rate", 5, "messages a second for one sender after a burst of 10;\n"+
@@ -306,17 +306,19 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 		"may be repeated, the first is the address to join", c.trust)
 	version := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(stdout, "Usage: chat [flags]\n\nA web chat room; open the address it prints.\n\n")
 		flags.SetOutput(stdout)
+		fmt.Fprint(stdout, "Usage: chat [flags]\n\n"+
+			"A web chat room; open the address it prints.\n\n")
 		flags.PrintDefaults()
-		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, CHAT_PASSWORD closes the room.\n")
+		fmt.Fprint(stdout, "\nEnvironment: CHAT_KEY signs the session cookies, "+
+			"CHAT_PASSWORD closes the room.\n")
 		return nil, nil
 	} else if err != nil {
 		return nil, usagef("%s", strings.ReplaceAll(redact(err.Error()), "\n", " "))
 	}
 	if flags.NArg() > 0 {
-		return nil, usagef("unexpected argument %q; an address goes behind -addr, as in -addr :8990",
-			redact(flags.Arg(0)))
+		return nil, usagef("unexpected argument %q; "+
+			"an address goes behind -addr, as in -addr :8990", redact(flags.Arg(0)))
 	}
 	if *version {
 		fmt.Fprintln(stdout, versionLine())
@@ -328,8 +330,8 @@ func configure(args []string, getenv func(string) string, stdout io.Writer) (*co
 			return nil, err
 		}
 	}
-	zone := strings.TrimPrefix(getenv("TZ"), ":")
-	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' { // Go would take UTC and say nothing
+	zone := strings.TrimPrefix(getenv("TZ"), ":") // Go takes a wrong one for UTC and says nothing
+	if _, err := time.LoadLocation(zone); err != nil && zone[0] != '/' {
 		return nil, usagef("TZ wants a name such as Asia/Shanghai, not %q", redact(zone))
 	}
 	return c, c.check()
@@ -346,19 +348,17 @@ func (c *config) check() error {
 	if !(c.rate >= 0) || math.IsInf(c.rate, 0) || c.rate > 0 && c.rate < 0.001 {
 		return usagef("-rate wants messages a second, or 0 for no limit, not %v", c.rate)
 	}
-	for _, end := range []string{":id", ":probe", ":history", ":key", ":here", ":act", ":state"} {
-		if strings.HasSuffix(c.channel, end) {
-			return usagef("-channel wants a name that does not end like what stands beside a room: %q", redact(c.channel))
-		}
-	}
 	for name, value := range map[string]string{"CHAT_KEY": c.key, "CHAT_PASSWORD": c.password} {
 		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
-			return usagef("%s wants one line of text, in UTF-8 and without control characters", name)
+			return usagef("%s wants one line of UTF-8 without control characters", name)
 		}
 	}
 	odd := func(r rune) bool { return !unicode.IsGraphic(r) || r == ' ' }
-	if c.channel == "" || strings.ContainsFunc(c.channel, odd) {
-		return usagef("-channel wants a name without spaces, not %q", redact(c.channel))
+	beside := []string{":id", ":probe", ":history", ":key", ":here", ":act", ":state"}
+	if c.channel == "" || strings.ContainsFunc(c.channel, odd) || slices.ContainsFunc(beside,
+		func(end string) bool { return strings.HasSuffix(c.channel, end) }) {
+		return usagef("-channel wants a name without spaces that does not end in %s, not %q",
+			strings.Join(beside, " "), redact(c.channel))
 	}
 	return nil
 }
@@ -373,8 +373,8 @@ func splitAddr(addr string) (host, port string, ok bool) {
 // parseRedis reads the value of -redis. Its errors do not repeat the value, which may hold a
 // password.
 func parseRedis(text string) (*url.URL, error) {
-	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as localhost:6379; " +
-		"/ # ? and %% of a password are written %%2F %%23 %%3F and %%25")
+	bad := usagef("-redis (or REDIS_URL) wants host:port or a redis:// or rediss:// URL, such as " +
+		"localhost:6379; / # ? and %% of a password are written %%2F %%23 %%3F and %%25")
 	if !strings.Contains(text, "://") {
 		host, port, ok := splitAddr(text)
 		if !ok {
@@ -383,15 +383,17 @@ func parseRedis(text string) (*url.URL, error) {
 		text = "redis://" + net.JoinHostPort(cmp.Or(host, "localhost"), port)
 	}
 	u, err := url.Parse(text)
-	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Opaque != "" || u.Hostname() == "" {
+	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Hostname() == "" ||
+		u.RawQuery != "" || u.Fragment != "" {
 		return nil, bad
 	}
-	_, _, portOK := splitAddr(u.Host)
-	switch db := strings.Trim(u.Path, "/"); {
-	case u.RawQuery != "" || u.Fragment != "" || u.Port() != "" && !portOK:
+	if _, _, ok := splitAddr(u.Host); u.Port() != "" && !ok {
 		return nil, bad
-	case db != "" && db != "0": // PUBLISH knows no databases: rooms in two of them would mix
-		return nil, usagef("-redis (or REDIS_URL) wants no database; rooms on one Redis are told apart by -channel")
+	}
+	if db := strings.Trim(u.Path, "/"); db != "" && db != "0" {
+		// PUBLISH knows no databases: rooms in two of them would mix.
+		return nil, usagef("-redis (or REDIS_URL) wants no database; " +
+			"rooms on one Redis are told apart by -channel")
 	}
 	return u, nil
 }
@@ -411,10 +413,11 @@ func (c *config) trust(text string) error {
 	host := u.Hostname()
 	if ip, noIP := netip.ParseAddr(host); noIP == nil {
 		host = ip.String()
-	} else if end := host[strings.LastIndexByte(host, '.')+1:]; strings.Trim(end, "0123456789") == "" {
+	} else if strings.Trim(host[strings.LastIndexByte(host, '.')+1:], "0123456789") == "" {
 		return bad // browsers make an address of 192.168.1 too, a longer one
 	}
-	if usual == "" || err != nil || strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.:") != "" {
+	const allowed = "abcdefghijklmnopqrstuvwxyz0123456789-_.:"
+	if usual == "" || err != nil || strings.Trim(host, allowed) != "" {
 		return bad
 	}
 	origin := u.Scheme + "://" + net.JoinHostPort(host, strconv.FormatUint(port, 10))
@@ -476,7 +479,7 @@ func (r *room) away() error {
 	if r.broker == nil {
 		return nil
 	}
-	return r.broker.whyAway()
+	return r.broker.away()
 }
 
 // say puts a line into the room unless its key is there already, and returns the id of the message
@@ -494,7 +497,11 @@ func (r *room) say(ctx context.Context, key, line string) (id string, err error)
 	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
 	over := make(chan struct{})
-	for first, taken := r.onWay.LoadOrStore(key, over); taken; first, taken = r.onWay.LoadOrStore(key, over) {
+	for {
+		first, taken := r.onWay.LoadOrStore(key, over)
+		if !taken {
+			break
+		}
 		select {
 		case <-first.(chan struct{}):
 		case <-ctx.Done():
@@ -505,8 +512,7 @@ func (r *room) say(ctx context.Context, key, line string) (id string, err error)
 		r.onWay.Delete(key)
 		close(over)
 	}()
-	err = r.broker.publish(ctx, e)
-	return r.log.idOf(key), err
+	return r.broker.publish(ctx, e)
 }
 
 // next returns what a reader is to be told next, and moves its cursor behind that. An id that is
@@ -566,7 +572,7 @@ type slot struct {
 }
 
 // A block is a stretch of frames in memory. It is only ever appended to, within its capacity, so
-// what a reader got of it stays as it was. A gap has a block of its own, so that it can be left out.
+// what a reader got of it stays as it was. A gap has one of its own, so that it can be left out.
 type block struct {
 	buf  []byte
 	next uint64 // position after the last entry
@@ -602,12 +608,12 @@ func (e entry) gap() bool { return e.line == gapLine && e.act() }
 
 // A cursor is the place of one reader. Only its reader uses it.
 type cursor struct {
-	after string          // until the place is found: the id that the reader has, "" for a newcomer
+	after string          // until the place is found: the id that it has, "" for a newcomer
 	trip  <-chan struct{} // until then: closed when a round trip shows that the id is nowhere
 	ring  *ring           // nil until the place is found
 	pos   uint64          // position to read next
-	told  uint64          // gaps before this position are none to this reader: it came later, or was told
-	goal  uint64          // position behind what there was when it found its place, or was told a gap
+	told  uint64          // gaps before this position it was told, or came after
+	goal  uint64          // where the log ended when it found its place, or was told a gap
 	beats uint64          // of the log, when this last read
 }
 
@@ -695,14 +701,7 @@ func (l *Log) entries() (all []entry) {
 }
 
 // held returns how many entries there are.
-func (l *Log) held() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.ring == nil {
-		return 0
-	}
-	return int(l.ring.next - l.ring.oldest)
-}
+func (l *Log) held() int { return len(l.entries()) }
 
 // close ends every reader once it has read to the end.
 func (l *Log) close() {
@@ -894,7 +893,7 @@ var (
 )
 
 // encode returns the frame of an entry: a data line for each line of a message's text. A browser
-// takes one space after the colon away (HTML, section 9.2.6), so the text's own first space is safe.
+// takes one space after the colon away (HTML, section 9.2.6), so the text keeps its own first one.
 // Of an act that this version does not know only the id counts, and nothing is shown.
 func encode(e entry) []byte {
 	switch {
@@ -903,10 +902,9 @@ func encode(e entry) []byte {
 	case e.act():
 		return nil
 	}
-	b := make([]byte, 0, len(e.id)+len(e.line)+32)
-	b = append(append(append(b, "id: "...), e.id...), '\n')
+	b := fmt.Appendf(nil, "id: %s\n", e.id)
 	for line := range strings.SplitSeq(e.line, "\n") {
-		b = append(append(append(b, "data: "...), line...), '\n')
+		b = fmt.Appendf(b, "data: %s\n", line)
 	}
 	return append(b, '\n')
 }
@@ -928,9 +926,8 @@ func retryLine(low, high int) []byte {
 
 // validKey tells whether s can be an Idempotency-Key.
 func validKey(s string) bool {
-	return len(s) >= 16 && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
-		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '_' || r == '-')
-	})
+	const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	return len(s) >= 16 && len(s) <= 64 && strings.Trim(s, letters+"0123456789_-") == ""
 }
 
 // validID tells whether s can be the id of an entry, so that it may be on its way from Redis.
@@ -945,7 +942,8 @@ func validID(s string) bool {
 // announcedID tells whether s can be the id of an entry that is not a foreign line.
 func announcedID(s string) bool {
 	key, tail, _ := strings.Cut(s, "~")
-	return validKey(key) && len(tail) == 8 && strings.Trim(tail, "abcdefghijklmnopqrstuvwxyz234567") == ""
+	return validKey(key) && len(tail) == 8 &&
+		strings.Trim(tail, "abcdefghijklmnopqrstuvwxyz234567") == ""
 }
 
 // clean returns s as the room shows it: CRLF and whatever ends a line somewhere are line breaks
@@ -954,30 +952,24 @@ func announcedID(s string) bool {
 // also to one that splits at more than the standard does and could else be sent a forged event.
 // Of more than limit characters, cut is true and the rest gone.
 func clean(s string, limit int) (text string, cut bool) {
-	var b strings.Builder
-	b.Grow(min(len(s), limit*utf8.UTFMax))
+	s = strings.Map(func(r rune) rune {
+		if r != '\n' && r != '\t' && unicode.In(r, unicode.Cc, unicode.Bidi_Control) {
+			return -1
+		}
+		return r
+	}, lineEnds.Replace(s))
 	n := 0
-	for i, r := range s {
-		switch r {
-		case '\n', '\t':
-		case '\v', '\f', '\r', '\u0085', '\u2028', '\u2029':
-			if r == '\r' && strings.HasPrefix(s[i+1:], "\n") {
-				continue
-			}
-			r = '\n'
-		default:
-			if unicode.In(r, unicode.Cc, unicode.Bidi_Control) {
-				continue
-			}
-		}
+	for i := range s {
 		if n == limit {
-			return b.String(), true
+			return strings.Clone(s[:i]), true // the rest may be long
 		}
-		b.WriteRune(r)
 		n++
 	}
-	return b.String(), false
+	return s, false
 }
+
+var lineEnds = strings.NewReplacer("\r\n", "\n", "\r", "\n", "\v", "\n", "\f", "\n",
+	"\u0085", "\n", "\u2028", "\n", "\u2029", "\n")
 
 // invisible tells whether a character alone shows nothing: white space, format characters, the
 // default-ignorable ones of Unicode, and four whose picture is empty: a braille pattern, two
@@ -1026,7 +1018,8 @@ func unfit(name string) (r rune, found bool) {
 		switch {
 		case strings.ContainsRune(":[]\ufffc", r), marks > maxMarks,
 			latin && unicode.In(r, unicode.Cyrillic, unicode.Greek),
-			r != ' ' && (invisible(r) || !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S)):
+			r != ' ' && invisible(r),
+			r != ' ' && !unicode.In(r, unicode.L, unicode.M, unicode.N, unicode.P, unicode.S):
 			return r, true
 		}
 	}
@@ -1094,7 +1087,8 @@ func parseSession(value string) (session, bool) {
 	}
 	expires, err := strconv.ParseInt(part[1], 10, 64)
 	name, err2 := base64.RawURLEncoding.DecodeString(part[3])
-	return session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}, err == nil && err2 == nil
+	s := session{id: part[2], name: string(name), expires: time.Unix(expires, 0)}
+	return s, err == nil && err2 == nil
 }
 
 // young tells whether the key was drawn so lately that an older one may yet turn out to be the
@@ -1130,7 +1124,7 @@ type limiter struct {
 
 	mu    sync.Mutex           // guards all below
 	whole map[string]time.Time // key → when its tokens are all back
-	limit int                  // above this size, keys whose moment has passed are taken out of whole
+	limit int                  // above this size, those whose moment has passed are taken out
 }
 
 // take takes a token, or returns how long until there is one.
@@ -1221,6 +1215,8 @@ func (t *tally) totals() map[string]int {
 }
 
 // A server is the room as HTTP shows it.
+//
+// What has no other guard is set before the first request, and only read then.
 type server struct {
 	cfg    *config
 	logf   func(format string, args ...any)
@@ -1228,43 +1224,42 @@ type server struct {
 	signer atomic.Pointer[signer] // nil while the key is not known
 	urls   []string               // where the room can be opened
 
-	pages   *template.Template
-	texts   map[string]map[string]string // language → key → text
-	mux     *http.ServeMux
-	process string // which process this is, for the lesson
+	pages *template.Template
+	texts map[string]map[string]string // language → key → text
+	mux   *http.ServeMux
 
 	posts, floods, logins, guesses limiter // by session or address, and three by address
 	refused                        tally   // by these
 
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
-	toldFull             atomic.Int64 // when the log last said that they are too many, in Unix ns
+	full                 limiter      // of telling the log that they are too many
 
-	mu       sync.Mutex           // guards all below, and the conn of each stream until it runs
-	streams  map[*stream]struct{} // since before they take their connection over
-	ending   bool                 // no stream may begin
-	cutOff   bool                 // no stream may go on
-	finished sync.WaitGroup       // those in streams
+	cut    context.Context // when it ends, so does the connection of every stream
+	cutOff func()
+
+	mu       sync.Mutex     // guards all below
+	streams  int            // since before they take their connection over
+	ending   bool           // no stream may begin
+	finished sync.WaitGroup // those in streams
 }
 
 // fileLimit returns how many descriptors the process may open. Linux tells; elsewhere Go has
 // already raised the limit to more than the answer here.
 func fileLimit() int {
 	limits, _ := os.ReadFile("/proc/self/limits")
-	for line := range strings.Lines(string(limits)) {
-		if rest, ok := strings.CutPrefix(line, "Max open files"); ok {
-			if n, err := strconv.Atoi(strings.Fields(rest)[0]); err == nil {
-				return n
-			}
-		}
-	}
-	return 8192
+	_, files, _ := strings.Cut(string(limits), "\nMax open files")
+	n := 8192
+	fmt.Sscan(files, &n) // leaves it where the limit is no number
+	return n
 }
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
-	s := &server{cfg: cfg, logf: logf, streams: map[*stream]struct{}{}}
+	s := &server{cfg: cfg, logf: logf}
+	s.cut, s.cutOff = context.WithCancel(context.Background())
 	s.refused = tally{logf: logf, total: map[string]int{"logins": 0, "passwords": 0, "posts": 0}}
 	s.maxConns, s.maxStreams = capacity(fileLimit())
+	s.full = limiter{every: floodPause, burst: 1}
 	if cfg.rate > 0 {
 		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: postBurst}
 		s.floods = limiter{every: time.Second / floodRate, burst: floodBurst}
@@ -1277,8 +1272,6 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 		setKey(cmp.Or(cfg.key, rand.Text()))
 	}
 	s.mux = s.routes()
-	host, _ := os.Hostname()
-	s.process = fmt.Sprintf("%s, process %d", cmp.Or(host, "this machine"), os.Getpid())
 	return s, s.loadAssets()
 }
 
@@ -1351,10 +1344,9 @@ func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
 
 // tellFull logs, at most once in a while, that not everybody finds room.
 func (s *server) tellFull() {
-	last, now := s.toldFull.Load(), time.Now().UnixNano()
-	if now-last > int64(fullPause) && s.toldFull.CompareAndSwap(last, now) {
-		s.logf("full: %d of %d connections are open, %d of them may be streams; "+
-			"a higher limit of open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
+	if s.full.take("", time.Now()) == 0 {
+		s.logf("full: %d of %d connections are open, %d of them may be streams; a higher limit of "+
+			"open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
 	}
 }
 
@@ -1367,16 +1359,7 @@ func (s *server) shutdown(srv *http.Server) {
 	s.mu.Lock()
 	s.ending = true
 	s.mu.Unlock()
-	context.AfterFunc(ctx, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.cutOff = true
-		for st := range s.streams {
-			if st.conn != nil {
-				st.conn.Close()
-			}
-		}
-	})
+	context.AfterFunc(ctx, s.cutOff)
 	srv.Shutdown(ctx)
 	srv.Close()
 	s.finished.Wait()
@@ -1411,9 +1394,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // protect bounds what a page, or a worker's script, may load and tell others. Other answers go
 // without: the 204 of a post would hold little else.
 func protect(h http.Header) {
-	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "+
-		"connect-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "+
-		"require-trusted-types-for 'script'")
+	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; "+
+		"img-src 'self'; connect-src 'self'; worker-src 'self'; form-action 'self'; "+
+		"base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Referrer-Policy", "same-origin") // with no-referrer a form's Origin would be null
 }
@@ -1436,9 +1419,9 @@ func setRetryAfter(w http.ResponseWriter, wait time.Duration) {
 func (s *server) sameOrigin(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if s.cfg.origins.Check(r) != nil {
-			http.Error(w, "this request came from a page of another site; "+
-				"if a proxy changes the Host header, start chat with -origin and the address that people open",
-				http.StatusForbidden)
+			why := "this request came from a page of another site; if a proxy changes the Host " +
+				"header, start chat with -origin and the address that people open"
+			http.Error(w, why, http.StatusForbidden)
 			return
 		}
 		next(w, r)
@@ -1458,17 +1441,15 @@ const (
 // identify checks the session cookies. Any that verifies is good: several rooms on the ports
 // of one host share their cookies.
 func (s *server) identify(r *http.Request) (session, identity) {
-	values := cookieValues(r.Header)
-	if len(values) == 0 {
+	values, k, now := cookieValues(r.Header), s.signer.Load(), time.Now()
+	switch {
+	case len(values) == 0:
 		return session{}, nobody
-	}
-	k := s.signer.Load()
-	if k == nil {
+	case k == nil:
 		return session{}, pending
 	}
-	now := time.Now()
-	for _, v := range values {
-		if sess, ok := k.verify(v, now); ok {
+	for _, value := range values {
+		if sess, ok := k.verify(value, now); ok {
 			return sess, member
 		}
 	}
@@ -1484,11 +1465,11 @@ const cannotTell = "the room cannot tell who you are until Redis is back"
 // room takes no session; but who comes with a broken one must not become anonymous to write.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (session, bool) {
 	sess, who := s.identify(r)
-	closed := s.cfg.password != ""
+	locked := s.cfg.password != ""
 	switch {
-	case who == pending && (closed || write):
+	case who == pending && (locked || write):
 		unavailable(w, cannotTell)
-	case who != member && closed, who == invalid && write:
+	case who != member && locked, who == invalid && write:
 		http.Error(w, "log in first", http.StatusUnauthorized)
 	default:
 		return sess, true
@@ -1500,8 +1481,8 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (sess
 // address that the proxy names. Of IPv6 it is the /64, which is one subscriber's.
 func address(r *http.Request) string {
 	ip := parseIP(r.RemoteAddr)
-	via := strings.FieldsFunc(strings.Join(r.Header["X-Forwarded-For"], ","),
-		func(r rune) bool { return strings.ContainsRune(", \t", r) })
+	forwarded := strings.Join(r.Header["X-Forwarded-For"], ",")
+	via := strings.Fields(strings.ReplaceAll(forwarded, ",", " "))
 	if ip.IsLoopback() && len(via) > 0 {
 		if client := parseIP(via[len(via)-1]); client.IsValid() {
 			ip = client
@@ -1529,13 +1510,15 @@ func parseIP(text string) netip.Addr {
 // URL standard does: net/http also refuses a bare semicolon, which curl -d sends.
 func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	const formType = "application/x-www-form-urlencoded"
-	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != formType {
+	kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || kind != formType {
 		http.Error(w, "want a form: Content-Type "+formType, http.StatusUnsupportedMediaType)
 		return nil, false
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if _, tooBig := errors.AsType[*http.MaxBytesError](err); tooBig {
-		http.Error(w, fmt.Sprintf("the form is over %d bytes", maxBody), http.StatusRequestEntityTooLarge)
+		why := fmt.Sprintf("the form is over %d bytes", maxBody)
+		http.Error(w, why, http.StatusRequestEntityTooLarge)
 		return nil, false
 	}
 	if err != nil {
@@ -1545,9 +1528,8 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	form, err := parseForm(string(body))
 	if err != nil {
 		http.Error(w, "the form is broken", http.StatusBadRequest)
-		return nil, false
 	}
-	return form, true
+	return form, err == nil
 }
 
 func parseForm(body string) (url.Values, error) {
@@ -1572,7 +1554,7 @@ type view struct {
 	Error    string            // login: key of the text that says what was wrong
 	Char     string            // login: the character that text is about
 	Password bool              // login: the room has one
-	View     string            // chat: "projector"
+	View     string            // chat: "projector", or as usual
 	Join     string            // chat, lesson: the address to open in the room
 	Redis    bool              // lesson: the room is shared
 	Channel  string            // lesson: through this channel
@@ -1624,11 +1606,8 @@ func (s *server) chat(w http.ResponseWriter, r *http.Request) {
 		turnAway(w, r, who)
 		return
 	}
-	v := view{Name: sess.name, Join: s.joinURL(r)}
-	if r.URL.Query().Get("view") == "projector" {
-		v.View = "projector"
-	}
-	s.show(w, r, http.StatusOK, "chat.html", v)
+	s.show(w, r, http.StatusOK, "chat.html",
+		view{Name: sess.name, Join: s.joinURL(r), View: r.URL.Query().Get("view")})
 }
 
 // turnAway answers who asks for a page that only members get.
@@ -1637,19 +1616,14 @@ func turnAway(w http.ResponseWriter, r *http.Request, who identity) {
 		unavailable(w, cannotTell)
 		return
 	}
-	rememberPage(w, r.URL.RequestURI())
+	http.SetCookie(w, &http.Cookie{Name: nextName, Value: url.QueryEscape(r.URL.RequestURI()),
+		Path: "/", MaxAge: 600, SameSite: http.SameSiteLaxMode})
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
 }
 
-// nextName is the name of the cookie with the page that sent somebody to the login, which leads back
-// there. The pages' script sets it too.
+// nextName is the name of the cookie with the page that sent somebody to the login, which leads
+// back there. The pages' script sets it too.
 const nextName = "chat_next"
-
-func rememberPage(w http.ResponseWriter, page string) {
-	if page == "/lesson" || page == "/?view=projector" {
-		http.SetCookie(w, &http.Cookie{Name: nextName, Value: url.QueryEscape(page), Path: "/", MaxAge: 600, SameSite: http.SameSiteLaxMode})
-	}
-}
 
 // nextPage is where a login leads, once.
 func nextPage(w http.ResponseWriter, r *http.Request) string {
@@ -1664,22 +1638,23 @@ func nextPage(w http.ResponseWriter, r *http.Request) string {
 }
 
 // roomURLs lists the addresses at which the room can be opened, the likeliest first.
-func roomURLs(addr net.Addr) []string {
+func roomURLs(addr net.Addr) (urls []string) {
 	tcp := addr.(*net.TCPAddr)
 	hosts := []string{tcp.IP.String()}
 	if tcp.IP.IsUnspecified() {
 		out := ""
 		// Connecting a UDP socket sends nothing; it asks the kernel for a route.
 		if c, err := net.Dial("udp4", "192.0.2.1:9"); err == nil {
-			out, _, _ = net.SplitHostPort(c.LocalAddr().String())
+			out = c.LocalAddr().(*net.UDPAddr).IP.String()
 			c.Close()
 		}
-		hosts = append([]string{"localhost"}, likeliest(ownAddresses(), out, tcp.IP.To4() == nil)...)
+		v6 := tcp.IP.To4() == nil
+		hosts = append([]string{"localhost"}, likeliest(ownAddresses(), out, v6)...)
 	}
-	for i, host := range hosts {
-		hosts[i] = "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
+	for _, host := range hosts {
+		urls = append(urls, "http://"+net.JoinHostPort(host, strconv.Itoa(tcp.Port)))
 	}
-	return hosts
+	return urls
 }
 
 // An ownAddress is an address of this machine.
@@ -1693,13 +1668,15 @@ type ownAddress struct {
 func ownAddresses() (own []ownAddress) {
 	links, _ := net.Interfaces()
 	for _, link := range links {
+		if link.Flags&net.FlagLoopback != 0 || link.Flags&net.FlagRunning == 0 {
+			continue
+		}
+		shared := link.Flags&net.FlagBroadcast != 0
+		_, noBridge := os.Stat("/sys/class/net/" + link.Name + "/bridge")
 		addrs, _ := link.Addrs()
-		_, err := os.Stat("/sys/class/net/" + link.Name + "/bridge")
-		bridge := err == nil
 		for _, a := range addrs {
-			prefix, err := netip.ParsePrefix(a.String())
-			if err == nil && link.Flags&net.FlagRunning != 0 && !prefix.Addr().IsLoopback() {
-				own = append(own, ownAddress{prefix.Addr(), link.Flags&net.FlagBroadcast != 0, bridge})
+			if prefix, err := netip.ParsePrefix(a.String()); err == nil {
+				own = append(own, ownAddress{prefix.Addr(), shared, noBridge == nil})
 			}
 		}
 	}
@@ -1707,22 +1684,23 @@ func ownAddresses() (own []ownAddress) {
 }
 
 // likeliest orders the addresses by how likely a neighbour reaches them, what is easy to type
-// first: the one that has the way to the rest of the world, then other networks, then bridges
-// and tunnels. What machines give themselves on a switch without DHCP, and IPv6 if the room is
-// open there, is named only where nothing else is.
+// first: the one that has the way out, other networks, bridges, tunnels. What machines give
+// themselves on a switch without DHCP, and IPv6 if the room is open there, is named only where
+// nothing else is.
 func likeliest(own []ownAddress, out string, v6 bool) (hosts []string) {
-	own = slices.DeleteFunc(own, func(a ownAddress) bool { return a.ip.Is6() && !(v6 && a.ip.IsGlobalUnicast()) })
 	order := func(a ownAddress) string { // false comes before true
-		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, a.ip.String() != out, a.bridge)
+		leads := a.ip.String() == out
+		return fmt.Sprint(a.ip.Is6(), !a.ip.IsGlobalUnicast(), !a.shared, !leads, a.bridge)
 	}
 	slices.SortStableFunc(own, func(a, b ownAddress) int { return cmp.Compare(order(a), order(b)) })
-	for i, a := range own {
-		if i == 0 || a.ip.Is4() && a.ip.IsGlobalUnicast() {
+	for _, a := range own {
+		usual := a.ip.Is4() && a.ip.IsGlobalUnicast()
+		if usual || hosts == nil && (a.ip.Is4() || v6 && a.ip.IsGlobalUnicast()) {
 			hosts = append(hosts, a.ip.String())
 		}
 	}
-	if len(own) == 0 && out != "" { // Android does not list its links
-		return []string{out}
+	if hosts == nil && out != "" { // Android does not list its links
+		hosts = []string{out}
 	}
 	return hosts
 }
@@ -1733,12 +1711,8 @@ func (s *server) joinURL(r *http.Request) string {
 	if s.cfg.origin != "" {
 		return s.cfg.origin
 	}
-	host, _, err := net.SplitHostPort(r.Host)
-	if err != nil {
-		host = r.Host
-	}
-	ip, _ := netip.ParseAddr(host)
-	if (host == "localhost" || ip.IsLoopback()) && len(s.urls) > 1 {
+	host := (&url.URL{Host: r.Host}).Hostname()
+	if (host == "localhost" || parseIP(host).IsLoopback()) && len(s.urls) > 1 {
 		return s.urls[1]
 	}
 	if secure(r) {
@@ -1767,9 +1741,11 @@ func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
 	s.showLogin(w, r, http.StatusOK, sess.name, reason)
 }
 
-func (s *server) showLogin(w http.ResponseWriter, r *http.Request, status int, name, reason string) {
+func (s *server) showLogin(
+	w http.ResponseWriter, r *http.Request, status int, name, reason string) {
 	key, char, _ := strings.Cut(reason, " ")
-	s.show(w, r, status, "login.html", view{Name: name, Error: key, Char: char, Password: s.cfg.password != ""})
+	s.show(w, r, status, "login.html",
+		view{Name: name, Error: key, Char: char, Password: s.cfg.password != ""})
 }
 
 func (s *server) login(w http.ResponseWriter, r *http.Request) {
@@ -1861,7 +1837,8 @@ func (s *server) take(ctx context.Context, from session, address, key, text stri
 	}
 	text, cut := clean(text, maxMessage)
 	if cut {
-		return http.StatusRequestEntityTooLarge, fmt.Sprintf("message is over %d characters", maxMessage), 0
+		why := fmt.Sprintf("message is over %d characters", maxMessage)
+		return http.StatusRequestEntityTooLarge, why, 0
 	}
 	if id := s.room.log.idOf(key); id != "" {
 		return http.StatusNoContent, id, 0
@@ -1896,8 +1873,10 @@ func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
 		turnAway(w, r, who)
 		return
 	}
-	s.show(w, r, http.StatusOK, "lesson.html",
-		view{Redis: s.cfg.redis != nil, Channel: s.cfg.channel, Process: s.process, Join: s.joinURL(r)})
+	host, _ := os.Hostname()
+	s.show(w, r, http.StatusOK, "lesson.html", view{
+		Redis: s.cfg.redis != nil, Channel: s.cfg.channel, Join: s.joinURL(r),
+		Process: fmt.Sprintf("%s, process %d", cmp.Or(host, "this machine"), os.Getpid())})
 }
 
 func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
@@ -1932,30 +1911,24 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
-	last := ""
-	put := func(sample, help string, value int) {
-		name, _, _ := strings.Cut(sample, "{")
-		kind := map[bool]string{true: "counter", false: "gauge"}[strings.HasSuffix(name, "_total")]
-		if name != last { // samples with the same name differ in a label
-			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
-		}
-		fmt.Fprintf(w, "%s %d\n", sample, value)
-		last = name
+	put := func(name, help string, value int) {
+		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s gauge\n%[1]s %[3]d\n", name, help, value)
 	}
 	put("chat_connections", "Open connections, streams among them.", int(s.conns.Load()))
 	put("chat_connections_limit", "Connections that the limit of open files allows.", s.maxConns)
 	put("chat_readers_limit", "Streams among these at most.", s.maxStreams)
-	refused := s.refused.totals()
+	refused, name := s.refused.totals(), "chat_refused_total"
+	fmt.Fprintf(w, "# HELP %s What the limits refused.\n# TYPE %[1]s counter\n", name)
 	for _, what := range slices.Sorted(maps.Keys(refused)) {
-		put(fmt.Sprintf("chat_refused_total{what=%q}", what), "What the limits refused.", refused[what])
+		fmt.Fprintf(w, "%s{what=%q} %d\n", name, what, refused[what])
 	}
 	s.mu.Lock()
-	put("chat_readers", "Open streams.", len(s.streams))
+	put("chat_readers", "Open streams.", s.streams)
 	s.mu.Unlock()
 	put("chat_messages_held", "Entries of the log.", s.room.log.held())
 	if s.cfg.redis != nil {
-		joined := map[bool]int{true: 1}[s.room.away() == nil]
-		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.", joined)
+		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.",
+			map[bool]int{true: 1}[s.room.away() == nil])
 	}
 }
 
@@ -1963,8 +1936,8 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 func (s *server) asset(w http.ResponseWriter, r *http.Request) {
 	name := r.PathValue("name")
 	// The types are named here because on Windows the system's may be anything.
-	kind := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-		".svg": "image/svg+xml"}[path.Ext(name)]
+	kind := map[string]string{".css": "text/css; charset=utf-8",
+		".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}[path.Ext(name)]
 	content, err := assets.ReadFile("assets/" + name)
 	if err != nil || kind == "" {
 		http.NotFound(w, r)
@@ -2021,7 +1994,7 @@ func (s *server) newStream(r *http.Request) (*stream, error) {
 // five times the memory, and leaves it to one goroutine, which first writes the head of the answer.
 // Shutdown waits for the stream from before that on.
 func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
-	if !s.admitStream(st) {
+	if !s.admitStream() {
 		s.tellFull()
 		w.Header().Set("Connection", "close") // else it stays open, idle, and counts
 		unavailable(w, "too many streams")
@@ -2029,7 +2002,7 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	}
 	conn, came, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		s.endStream(st)
+		s.endStream()
 		s.logf("taking over a connection: %v", err)
 		return
 	}
@@ -2039,58 +2012,51 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	head := bytes.NewBufferString("HTTP/1.1 " + status + "\r\n")
 	w.Header().Write(head)
 	head.WriteString("\r\n")
-	s.mu.Lock()
-	st.conn, st.head = conn, head.Bytes()
-	if ws := st.socket; ws != nil {
-		early, _ := came.Reader.Peek(came.Reader.Buffered())
-		ws.Conn, ws.in, ws.head = conn, io.MultiReader(bytes.NewReader(early), conn), st.head
-		st.conn, st.head = ws, nil
+	if ws, ok := st.conn.(*webSocket); ok {
+		early, _ := came.Peek(came.Reader.Buffered())
+		ws.Conn, ws.in, ws.head = conn, io.MultiReader(bytes.NewReader(early), conn), head.Bytes()
+	} else {
+		st.conn, st.head = conn, head.Bytes()
 	}
-	if s.cutOff {
-		conn.Close()
-	}
-	s.mu.Unlock()
+	release := context.AfterFunc(s.cut, func() { conn.Close() })
 	go func() {
 		st.run()
-		if st.socket != nil {
-			st.socket.leave()
-		}
-		conn.Close()
+		st.conn.Close()
+		release()
 		s.conns.Add(-1) // net/http does not tell the end of a connection that was taken over
-		s.endStream(st)
+		s.endStream()
 	}()
 }
 
-// admitStream makes the stream one of those that shutdown ends and waits for, unless there are too
-// many or the end has begun.
-func (s *server) admitStream(st *stream) bool {
+// admitStream counts one more stream, for which shutdown waits, unless there are too many or the
+// end has begun.
+func (s *server) admitStream() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ending || len(s.streams) >= s.maxStreams {
+	if s.ending || s.streams >= s.maxStreams {
 		return false
 	}
-	s.streams[st] = struct{}{}
+	s.streams++
 	s.finished.Add(1)
 	return true
 }
 
-func (s *server) endStream(st *stream) {
+func (s *server) endStream() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.streams, st)
+	s.streams--
 	s.finished.Done()
 }
 
-// A stream is one reader on its connection.
+// A stream is one reader on its connection. After takeOver only its goroutine has it.
 type stream struct {
-	room   *room
-	conn   net.Conn   // guarded by the server's mu until run
-	socket *webSocket // the same, if it is one
-	head   []byte     // of the answer, until it is written with the first event
-	poll   bool       // the answer ends when there was something, or after wait
-	wait   time.Duration
-	at     cursor
-	renew  time.Time // when the connection's write deadline is to be set anew
+	room  *room
+	conn  net.Conn // a webSocket, or that which net/http had
+	head  []byte   // of the answer, until it is written with the first event
+	poll  bool     // the answer ends when there was something, or after wait
+	wait  time.Duration
+	at    cursor
+	renew time.Time // when the connection's write deadline is to be set anew
 }
 
 // run writes events until the reader is gone, its time is over, or the log is closed. But for a
@@ -2099,7 +2065,8 @@ type stream struct {
 // room a quarter of an hour.
 func (st *stream) run() {
 	end := st.begin()
-	waits, greeted, gap, sent := false, false, false, 0 // told to wait; had the ping after the backlog; a gap; bytes
+	waits, greeted := false, false // told to wait; told with a ping that it is up to date
+	gap, sent := false, 0          // told a gap; bytes of messages
 	for {
 		n := st.room.next(&st.at)
 		switch {
@@ -2146,8 +2113,8 @@ func (st *stream) run() {
 // begin puts the line with the time to come back under the head, and returns the channel that tells
 // when a poll is over, or the peer of a WebSocket gone; nil, and so never, for a stream.
 func (st *stream) begin() (end <-chan time.Time) {
-	if st.socket != nil {
-		end = st.socket.gone
+	if ws, ok := st.conn.(*webSocket); ok {
+		end = ws.gone
 	}
 	low, high := retryLow, retryHigh
 	if st.poll {
@@ -2193,14 +2160,12 @@ func (st *stream) write(b []byte) bool {
 }
 
 // A webSocket (RFC 6455) is another way to put a stream on the wire: each event goes out as a text
-// message, its bytes the same. And a text message that comes in is a post. Its Close is that of the
-// connection, without a word.
+// message, its bytes the same. And a text message that comes in is a post.
 type webSocket struct {
 	net.Conn
 	in      io.Reader                // what came with the handshake, then the connection
 	head    []byte                   // of the answer, until it is written with the first event
 	take    func(text string) []byte // posts, and returns what to reply
-	quit    func()                   // ends a post that waits
 	gone    chan time.Time           // closed when nothing more comes from the peer
 	awaited atomic.Bool              // there was a ping, and nothing came since
 
@@ -2223,7 +2188,8 @@ const (
 // any site's WebSocket, but an Origin too, so that is checked as if this were a POST.
 func (s *server) handshake(w http.ResponseWriter, r *http.Request) {
 	has := func(name, word string) bool {
-		return strings.Contains(strings.ToLower(strings.Join(r.Header[name], ",")), word)
+		words := strings.ToLower(strings.Join(r.Header[name], " "))
+		return slices.Contains(strings.Fields(strings.ReplaceAll(words, ",", " ")), word)
 	}
 	h, key := w.Header(), r.Header.Get("Sec-Websocket-Key")
 	random, err := base64.StdEncoding.DecodeString(key)
@@ -2235,15 +2201,17 @@ func (s *server) handshake(w http.ResponseWriter, r *http.Request) {
 		h.Set("Sec-Websocket-Version", "13")
 		http.Error(w, "want a WebSocket, version 13", http.StatusUpgradeRequired)
 	case err != nil || len(random) != 16 || !has("Connection", "upgrade"):
-		http.Error(w, "want Connection: Upgrade and a Sec-WebSocket-Key of 16 bytes", http.StatusBadRequest)
+		why := "want Connection: Upgrade and a Sec-WebSocket-Key of 16 bytes"
+		http.Error(w, why, http.StatusBadRequest)
 	default:
-		s.sameOrigin(func(http.ResponseWriter, *http.Request) { s.upgrade(w, r, key) })(w, &http.Request{
-			Method: http.MethodPost, URL: r.URL, Host: r.Host, Header: http.Header{"Origin": r.Header["Origin"]}})
+		post := &http.Request{Method: http.MethodPost, URL: r.URL, Host: r.Host,
+			Header: http.Header{"Origin": r.Header["Origin"]}}
+		s.sameOrigin(func(http.ResponseWriter, *http.Request) { s.upgrade(w, r, key) })(w, post)
 	}
 }
 
-// upgrade is the rest of handshake. Of the request it keeps the cookies alone, since a whole one takes
-// the memory of another reader; they are verified at each post.
+// upgrade is the rest of handshake. Of the request it keeps the cookies alone, since a whole one
+// takes the memory of another reader; they are verified at each post.
 func (s *server) upgrade(w http.ResponseWriter, r *http.Request, key string) {
 	if _, ok := s.admit(w, r, false); !ok {
 		return
@@ -2253,10 +2221,9 @@ func (s *server) upgrade(w http.ResponseWriter, r *http.Request, key string) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	from, cookies := address(r), &http.Request{Header: http.Header{"Cookie": slices.Clone(r.Header["Cookie"])}}
+	from, cookies := address(r), http.Header{"Cookie": slices.Clone(r.Header["Cookie"])}
 	take := func(event string) []byte {
-		sess, who := s.identify(cookies)
+		sess, who := s.identify(&http.Request{Header: cookies})
 		key, text, ok := parsePost(event)
 		switch {
 		case who == pending:
@@ -2266,15 +2233,15 @@ func (s *server) upgrade(w http.ResponseWriter, r *http.Request, key string) {
 		case !ok:
 			return reply(http.StatusBadRequest, "want data: lines, and at most one id: line", 0)
 		}
-		return reply(s.take(ctx, sess, from, key, text))
+		return reply(s.take(s.cut, sess, from, key, text))
 	}
-	st.poll, st.socket = false, &webSocket{take: take, quit: cancel, gone: make(chan time.Time)}
+	st.poll, st.conn = false, &webSocket{take: take, gone: make(chan time.Time)}
 	accept := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
 	s.takeOver(w, st, "101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
 		"Sec-WebSocket-Accept: "+base64.StdEncoding.EncodeToString(accept[:]))
 }
 
-// parsePost takes a post apart: an event of data: lines and, if it has a key of its own, an id: line.
+// parsePost takes a post apart: an event of data: lines and, if it has a key, an id: line.
 func parsePost(event string) (key, text string, ok bool) {
 	var keys, lines []string
 	event = strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(event)
@@ -2303,8 +2270,8 @@ func reply(status int, said string, wait time.Duration) []byte {
 	return fmt.Appendf(nil, "event: reply\ndata: {\"status\":%d,%q:%s}\n\n", status, what, text)
 }
 
-// Write writes events. With the ping of a silence goes one that the peer's library answers. Nothing is
-// heard before the first event is out, so no reply comes before retry:.
+// Write writes events. With the ping of a silence goes one that the peer's library answers. Nothing
+// is heard before the first event is out, so no reply comes before retry:.
 func (ws *webSocket) Write(b []byte) (int, error) {
 	frames, op := slices.Grow(ws.head, min(len(b), pieceSize)+16), byte(opText)
 	for event := range bytes.SplitAfterSeq(b, []byte("\n\n")) {
@@ -2327,8 +2294,8 @@ func (ws *webSocket) Write(b []byte) (int, error) {
 	return len(b), err
 }
 
-// put writes whole frames; op is that of the last one. Behind a close frame nothing goes out, but the
-// peer may close its side: who closes both at once may destroy what is still on its way.
+// put writes whole frames; op is that of the last one. Behind a close frame nothing goes out, but
+// the peer may close its side: who closes both at once may destroy what is still on its way.
 func (ws *webSocket) put(frames []byte, op byte) error {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
@@ -2352,15 +2319,15 @@ func (ws *webSocket) put(frames []byte, op byte) error {
 	return err
 }
 
-// leave closes because the process ends, if nobody has closed, and waits until nothing more comes.
-func (ws *webSocket) leave() {
-	ws.quit()
+// Close says that the process ends, if nobody has closed, and waits until nothing more comes.
+func (ws *webSocket) Close() error {
 	ws.put(appendFrame(nil, opClose, []byte(goingAway)), opClose)
 	<-ws.gone
+	return ws.Conn.Close()
 }
 
-// Read reads what the peer sends, who thereby shows that it is there. A ping in between may go without
-// an answer; the next one does not.
+// Read reads what the peer sends, who thereby shows that it is there. In this order a ping in
+// between may go without a deadline; the next one does not.
 func (ws *webSocket) Read(b []byte) (int, error) {
 	n, err := ws.in.Read(b)
 	if n > 0 && ws.awaited.Load() {
@@ -2407,7 +2374,8 @@ func echo(data []byte) []byte {
 	switch code := int(code[0])<<8 | int(code[1]); {
 	case len(data) == 0:
 		return nil
-	case len(data) == 1 || code < 1000 || 1004 <= code && code <= 1006 || 1015 <= code && code < 3000 || code > 4999:
+	case len(data) == 1, code < 1000, 1004 <= code && code <= 1006, 1015 <= code && code < 3000,
+		code > 4999:
 		return []byte(forbidden)
 	case !utf8.Valid(data[2:]):
 		return []byte(notUTF8)
@@ -2415,9 +2383,9 @@ func echo(data []byte) []byte {
 	return code[:]
 }
 
-// readFrame reads a client's frame and says whether it is the last of its message. A message that it
-// belongs to has room for so many bytes; more says that one has begun. What may not be is returned as
-// a close frame that says so. Memory is taken for what comes, not for what is announced.
+// readFrame reads a client's frame and says whether it is the last of its message, which has room
+// for so many bytes; more says that one has begun. What may not be is returned as a close frame that
+// says so. Memory is taken for what comes, not for what is announced.
 func readFrame(r io.Reader, room int, more bool) (op byte, last bool, data []byte, err error) {
 	head := make([]byte, 14)
 	if _, err = io.ReadFull(r, head[:2]); err != nil {
@@ -2426,7 +2394,8 @@ func readFrame(r io.Reader, room int, more bool) (op byte, last bool, data []byt
 	op, last = head[0]&0x7f, head[0]&0x80 != 0 // reserved bits make it an opcode that is none
 	size, control := uint64(head[1]&0x7f), op == opClose || op == opPing || op == opPong
 	switch {
-	case head[1]&0x80 == 0, control && (!last || size > 125), !control && (op > opBinary || more != (op == opMore)):
+	case head[1]&0x80 == 0, control && (!last || size > 125),
+		!control && (op > opBinary || more != (op == opMore)):
 		return opClose, true, []byte(forbidden), nil
 	case op == opBinary:
 		return opClose, true, []byte(notText), nil
@@ -2473,7 +2442,7 @@ func appendFrame(b []byte, op byte, data []byte) []byte {
 type broker struct {
 	url     string
 	channel string
-	key     string // cookie key to share; "" until it is known
+	key     string // cookie key to share; "" until it is known; run's alone
 	ownKey  bool   // the key came from CHAT_KEY and stays out of Redis
 	gotKey  func(key string)
 	log     *Log
@@ -2482,12 +2451,12 @@ type broker struct {
 	outgoing chan *post
 	asking   chan struct{} // gets something when somebody asks for a round trip
 
-	mu       sync.Mutex      // guards all below
-	why      error           // why the room is away; nil while it is joined
-	since    time.Time       // when it went away
-	told     map[string]bool // what the log has been told of that
-	next     chan struct{}   // the round trip that has not begun; nil while nobody asks for one
-	underWay []chan struct{} // those that have; closed when one is over that began after them
+	mu    sync.Mutex      // guards all below
+	why   error           // why the room is away; nil while it is joined
+	since time.Time       // when it went away
+	told  map[string]bool // what the log has been told of that
+	asked chan struct{}   // the round trip to come; nil while nobody asks for one
+	begun []chan struct{} // those asked for that have begun; closed when one is over
 }
 
 // A post is an entry on its way to Redis.
@@ -2503,9 +2472,9 @@ var (
 )
 
 func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
-	return &broker{url: cfg.redis.String(), channel: cfg.channel, key: cfg.key, ownKey: cfg.key != "",
-		gotKey: gotKey, log: l, logf: logf, outgoing: make(chan *post), asking: make(chan struct{}, 1),
-		why: errNotJoined}
+	return &broker{url: cfg.redis.String(), channel: cfg.channel, log: l, logf: logf,
+		key: cfg.key, ownKey: cfg.key != "", gotKey: gotKey,
+		outgoing: make(chan *post), asking: make(chan struct{}, 1), why: errNotJoined}
 }
 
 // run keeps the room joined until ctx ends. It logs changes of state, not attempts.
@@ -2542,13 +2511,12 @@ func nextPause(pause, stayed time.Duration) time.Duration {
 // setAway notes why the room is away, and says so, each reason once until it is joined again.
 func (b *broker) setAway(why error) {
 	b.mu.Lock()
+	words, state, hint := inWords(why), "still away", ""
 	if b.told == nil {
 		b.since, b.told = time.Now(), map[string]bool{}
-	}
-	words, state, hint := inWords(why), "still away", ""
-	if len(b.told) == 0 {
 		state = "away, trying again until it answers"
-		if op, ok := errors.AsType[*net.OpError](why); b.why == errNotJoined && ok && op.Op == "dial" {
+		op, network := errors.AsType[*net.OpError](why)
+		if b.why == errNotJoined && network && op.Op == "dial" {
 			hint = "; start it, or leave -redis out for a room in memory"
 		}
 	}
@@ -2579,16 +2547,18 @@ func (b *broker) setJoined() {
 func inWords(err error) string {
 	said, _ := errors.AsType[redis.Error](err)
 	text, _, _ := strings.Cut(string(said), ", with args")
-	quoted := fmt.Sprintf("%.200q", text)
+	kind, _, _ := strings.Cut(text, " ")
 	_, wrongTLS := errors.AsType[tls.RecordHeaderError](err)
 	op, network := errors.AsType[*net.OpError](err)
 	switch {
-	case strings.HasPrefix(text, "MOVED"), strings.HasPrefix(text, "CLUSTER"), strings.HasPrefix(text, "CROSSSLOT"):
-		return "this Redis is a cluster: name the node that has the room, whose keys -channel '{chat}' keeps together: " + quoted
+	case slices.Contains([]string{"MOVED", "CLUSTERDOWN", "CROSSSLOT"}, kind):
+		return fmt.Sprintf("this Redis is a cluster: name the node that has the room, "+
+			"whose keys -channel '{chat}' keeps together: %.200q", text)
 	case strings.Contains(text, "unknown command"):
-		return "this is a Sentinel, or a Redis without a command that a room needs; name the master, or a proxy that follows it: " + quoted
+		return fmt.Sprintf("this is a Sentinel, or a Redis without a command that a room needs; "+
+			"name the master, or a proxy that follows it: %.200q", text)
 	case text != "":
-		return quoted
+		return fmt.Sprintf("%.200q", text)
 	case wrongTLS:
 		return "this port speaks no TLS: it wants redis://"
 	case strings.HasPrefix(err.Error(), "redigo: "):
@@ -2612,8 +2582,8 @@ func guarded(f func() error) (err error) {
 	return f()
 }
 
-// whyAway returns why the room is away, nil while it is not.
-func (b *broker) whyAway() error {
+// away returns why the room is away, nil while it is not.
+func (b *broker) away() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.why
@@ -2624,22 +2594,22 @@ func (b *broker) whyAway() error {
 func (b *broker) ask() <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.next == nil {
-		b.next = make(chan struct{})
+	if b.asked == nil {
+		b.asked = make(chan struct{})
 		select {
 		case b.asking <- struct{}{}:
 		default:
 		}
 	}
-	return b.next
+	return b.asked
 }
 
 // depart says that a round trip begins. If the stay ends before it is over, the next one counts.
 func (b *broker) depart() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.next != nil {
-		b.underWay, b.next = append(b.underWay, b.next), nil
+	if b.asked != nil {
+		b.begun, b.asked = append(b.begun, b.asked), nil
 	}
 	select {
 	case <-b.asking:
@@ -2651,45 +2621,40 @@ func (b *broker) depart() {
 func (b *broker) arrive() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, trip := range b.underWay {
+	for _, trip := range b.begun {
 		close(trip)
 	}
-	b.underWay = nil
+	b.begun = nil
 }
 
-// publish puts the entry into the room and returns when its key has come back, or why that is not
-// sure.
-func (b *broker) publish(ctx context.Context, e entry) error {
+// publish puts the entry into the room and returns the id that its key has when it has come back,
+// or why that is not sure.
+func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 	key := keyOf(e.id)
-	if id, _ := b.log.has(key); id != "" {
-		return nil
+	if id := b.log.idOf(key); id != "" {
+		return id, nil
 	}
-	if why := b.whyAway(); why != nil {
-		return why
+	if why := b.away(); why != nil {
+		return "", why
 	}
 	p := &post{e, make(chan error, 1)}
-	select {
-	case b.outgoing <- p:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case err := <-p.done:
-		if err != nil {
-			return err
-		}
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	outgoing, sent := b.outgoing, false
 	for {
 		id, wake := b.log.has(key)
-		if id != "" {
-			return nil
+		if id != "" && sent {
+			return id, nil
 		}
 		select {
+		case outgoing <- p:
+			outgoing = nil
+		case err := <-p.done:
+			if err != nil {
+				return "", err
+			}
+			sent = true
 		case <-wake:
 		case <-ctx.Done():
-			return ctx.Err()
+			return "", ctx.Err()
 		}
 	}
 }
@@ -2822,12 +2787,13 @@ func (c timelyConn) SetReadDeadline(time.Time) error { return nil }
 // agree returns the value of a string that all processes of the room share and Redis may forget.
 // The first one sets it; whoever holds it puts it back. Of two values, one of which was set while
 // Redis had forgotten the other, one wins, and the other processes are made to join again.
-func (b *broker) agree(c redis.Conn, name, mine string, wins func(one, other string) bool) (string, error) {
+func (b *broker) agree(
+	c redis.Conn, name, mine string, wins func(one, other string) bool) (string, error) {
 	if _, err := c.Do("SET", name, mine, "NX"); err != nil {
 		return "", err
 	}
 	found, err := redis.String(c.Do("GET", name))
-	if err == nil && found == "" {
+	if err == redis.ErrNil || err == nil && found == "" {
 		err = fmt.Errorf("%s is empty", name)
 	}
 	if err != nil || found == mine || wins(found, mine) {
@@ -2868,26 +2834,32 @@ func (b *broker) subscribe(c redis.Conn) error {
 	return nil
 }
 
-// commit runs a transaction of so many commands and returns their replies.
-func commit(c redis.Conn, want int) ([]any, error) {
-	reply, err := c.Do("EXEC")
-	return results(reply, err, want)
+// commit runs a transaction that was sent but for its EXEC, and returns the replies inside of it.
+func commit(c redis.Conn) ([]any, error) {
+	c.Send("EXEC")
+	replies, err := redis.Values(c.Do("")) // to all that was sent
+	if err != nil {
+		return nil, err
+	}
+	return results(replies)
 }
 
-// results returns the replies inside an EXEC, as many as wanted. An error among them counts as the
-// whole's: Redis runs the other commands all the same. It returns redis.ErrNil when a WATCH made
-// EXEC do nothing.
-func results(reply any, err error, want int) ([]any, error) {
-	replies, err := redis.Values(reply, err)
-	for _, r := range replies {
+// results takes the replies to MULTI, the commands and EXEC, and returns those inside of the EXEC.
+// An error among any counts as the whole's: Redis runs the other commands all the same, and that of
+// a command says more than that EXEC discarded it. It is redis.ErrNil when a WATCH made EXEC do
+// nothing.
+func results(replies []any) ([]any, error) {
+	want := len(replies) - 2
+	inside, err := redis.Values(replies[want+1], nil)
+	for _, r := range slices.Concat(replies, inside) {
 		if e, bad := r.(redis.Error); bad {
 			return nil, e
 		}
 	}
-	if err == nil && len(replies) != want {
-		err = fmt.Errorf("a transaction of %d commands has %d answers", want, len(replies))
+	if err == nil && len(inside) != want {
+		err = fmt.Errorf("a transaction of %d commands has %d answers", want, len(inside))
 	}
-	return replies, err
+	return inside, err
 }
 
 // parseList reads the list's items, and counts all of them. What is not "<id> <line>" is not ours
@@ -2930,13 +2902,18 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 		c.Send("MULTI")
 		c.Send("LRANGE", b.channel+":history", 0, -1)
 		c.Send("PUBLISH", b.channel+":probe", f.word)
-		replies, err := commit(c, 2)
+		replies, err := commit(c)
 		if err != nil {
 			return nil, err
 		}
 		list, items, err := parseList(replies[0], nil)
-		if err != nil || f.take(list, items) {
-			return f, err
+		if err != nil {
+			return nil, err
+		}
+		log, lost := f.merge(list)
+		if lost == nil {
+			f.begin(log, f.word, items, len(list) >= f.log.size)
+			return f, nil
 		}
 		if err = b.writeList(c, f); err != redis.ErrNil {
 			return f, err
@@ -2957,7 +2934,7 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 	if err != nil {
 		return err
 	}
-	log, items := f.restore(list)
+	log, items := f.merge(list)
 	if items == nil {
 		_, err = c.Do("UNWATCH")
 		return cmp.Or(err, redis.ErrNil)
@@ -2969,7 +2946,7 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 		c.Send("RPUSH", name, e.id+" "+toRedis(e.line))
 	}
 	c.Send("PUBLISH", b.channel+":probe", rewritten+f.word)
-	if _, err = commit(c, len(items)+2); err == nil {
+	if _, err = commit(c); err == nil {
 		f.begin(log, rewritten+f.word, len(items), false)
 		b.logf("redis had forgotten; the history was written back, %d messages", len(items))
 	}
@@ -3004,22 +2981,12 @@ func newFeed(l *Log, channel string) *feed {
 	return &feed{log: l, channel: channel, word: rand.Text(), echo: make(chan struct{}, 1)}
 }
 
-// take makes the list, of so many items that can be read or not, the log, and returns false if it
-// lacks something that has to be written back first.
-func (f *feed) take(list []entry, items int) bool {
+// merge returns what the log is with this list and, if Redis had forgotten something of it, what the
+// list is to be: the newest that were announced, with a gap at the end; else nil.
+func (f *feed) merge(list []entry) (log, items []entry) {
 	log, forgot := reconcile(f.log.entries(), list, f.log.size)
 	if !forgot {
-		f.begin(log, f.word, items, len(list) >= f.log.size)
-	}
-	return !forgot
-}
-
-// restore returns what the log is with what the list lacks, and what then is to be the list: the
-// newest that were announced. Items is nil if the list lacks nothing.
-func (f *feed) restore(list []entry) (log, items []entry) {
-	log, forgot := reconcile(f.log.entries(), list, f.log.size)
-	if !forgot {
-		return nil, nil
+		return log, nil
 	}
 	log = append(log, entry{newID(rand.Text()), gapLine})
 	for _, e := range log {
@@ -3108,7 +3075,7 @@ func (f *feed) receive(raw string) {
 	case id == "":
 		f.log.append(entry{f.foreignID(raw), line})
 	default:
-		if _, added := f.log.append(entry{id, line}); added { // a copy of an earlier one changes nothing
+		if _, added := f.log.append(entry{id, line}); added { // a copy changes nothing
 			f.base, f.seen = id, nil
 		}
 	}
@@ -3191,7 +3158,7 @@ func (b *broker) sync(c redis.Conn, f *feed) error {
 	c.Send("EXPIRE", b.channel+":history", int(keptFor.Seconds()))
 	c.Send("EXPIRE", b.channel+":key", int(keptFor.Seconds()))
 	c.Send("PUBLISH", b.channel+":probe", f.word)
-	replies, err := commit(c, 6)
+	replies, err := commit(c)
 	if err != nil {
 		return err
 	}
@@ -3236,16 +3203,17 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
 		c.Send("PUBLISH", b.channel, line)
 		c.Send("EXEC")
 	}
-	if err = c.Flush(); err != nil {
+	replies, err := redis.Values(c.Do(""))
+	if err != nil {
 		return err
 	}
 	forgot := false
-	for len(batch) > 0 {
-		replies, err := receiveExec(c)
+	for one := range slices.Chunk(replies, 6) {
+		inside, err := results(one)
 		if err != nil {
 			return err
 		}
-		if length, _ := replies[0].(int64); length <= least {
+		if length, _ := inside[0].(int64); length <= least {
 			forgot = true
 		}
 		batch[0].done <- nil
@@ -3255,23 +3223,4 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
 		return errForgot
 	}
 	return nil
-}
-
-// receiveExec receives the replies to MULTI, four queued commands and EXEC.
-func receiveExec(c redis.Conn) ([]any, error) {
-	var first error
-	for range 5 {
-		if _, err := c.Receive(); err != nil && first == nil {
-			first = err
-		}
-		if c.Err() != nil {
-			return nil, first
-		}
-	}
-	reply, err := c.Receive()
-	replies, err := results(reply, err, 4)
-	if first != nil {
-		err = first // says more than that the transaction was discarded
-	}
-	return replies, err
 }

@@ -58,6 +58,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -332,12 +333,19 @@ func (p *program) joined() *program {
 	return p
 }
 
-// changes is what the room logged about Redis, a word for each line; any other line stands as it is.
+// changes is what the room logged about Redis, a word for each line; any other line stands as it is,
+// and so does a reason of being away that was told before.
 func (p *program) changes() (all []string) {
+	reasons := map[string]bool{}
 	for line := range strings.Lines(p.log.String()) {
+		_, reason, still := strings.Cut(line, "redis is still away: ")
 		switch {
+		case still && !reasons[reason]:
+			reasons[reason] = true
+			continue
 		case strings.Contains(line, "redis is joined"):
 			line = "joined"
+			clear(reasons)
 		case strings.Contains(line, "redis is away"):
 			line = "away"
 		case strings.Contains(line, "redis had forgotten"):
@@ -478,6 +486,13 @@ func (r *redisServer) cut() {
 	r.t.Helper()
 	r.do("CLIENT", "KILL", "TYPE", "pubsub")
 	r.do("CLIENT", "KILL", "TYPE", "normal")
+}
+
+// lock sets a password; who is in stays in.
+func (r *redisServer) lock(password string) {
+	r.t.Helper()
+	r.do("CONFIG", "SET", "requirepass", password)
+	r.password = password
 }
 
 // unread counts the connections on which Redis, while it is stopped, was sent something.
@@ -1119,10 +1134,10 @@ func newTestLog(t testing.TB, history int, lists ...[]entry) *Log {
 // inMemory is the room of a log that nobody shares.
 func inMemory(l *Log) *room { return &room{log: l} }
 
-// drain reads to the end of the log and returns what a reader is told there.
+// drain reads to the end of the log, or for long, and returns what a reader is told there.
 func drain(l *Log, c *cursor) []string {
 	var all []byte
-	for more := true; more; {
+	for more, reads := true, 0; more && reads < 2*ringSize; reads++ {
 		n := l.read(c, true)
 		all = append(all, n.frames...)
 		more = n.more
@@ -1560,8 +1575,8 @@ func TestConnectionsInTime(t *testing.T) {
 					if stops {
 						s.shutdown(srv)
 						took := time.Since(start)
-						if synctest.Wait(); took != test.stops || s.conns.Load() != 0 || len(s.streams) != 0 {
-							t.Errorf("it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), len(s.streams), test.stops)
+						if synctest.Wait(); took != test.stops || s.conns.Load() != 0 || s.streams != 0 {
+							t.Errorf("it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), s.streams, test.stops)
 						}
 						return
 					}
@@ -1616,40 +1631,17 @@ func TestShutdownWhileTakingOver(t *testing.T) {
 			time.Sleep(late)
 			close(w.may)
 			got, _ := io.ReadAll(here)
-			if told := strings.Contains(string(got), "\nevent: ping\n"); told != (late == 0) {
+			if told := strings.Contains(string(got), "\nevent: ping\n"); late == 0 && !told {
 				t.Errorf("taken over after %v it was told %q", late, got)
 			}
-			if took := <-ended; took != late || s.conns.Load() != 0 || len(s.streams) != 0 {
-				t.Errorf("it took %v, and left %d connections and %d streams, want %v and none", took, s.conns.Load(), len(s.streams), late)
+			if took := <-ended; took != late || s.conns.Load() != 0 || s.streams != 0 {
+				t.Errorf("it took %v, and left %d connections and %d streams, want %v and none", took, s.conns.Load(), s.streams, late)
 			}
 		})
 	}
 }
 
 // ---- pure ----
-
-func TestClean(t *testing.T) {
-	for _, test := range []struct{ name, in, want string }{
-		{"spaces and tabs stay", "  a\tb ", "  a\tb "},
-		{"every line break is LF", "a\r\nb\rc\nd\u2028e\u2029f\u0085g\vh\fi", "a\nb\nc\nd\ne\nf\ng\nh\ni"},
-		{"two CR are two line breaks", "a\r\rb\r\n\nc", "a\n\nb\n\nc"},
-		{"controls go", "a\x00b\x07c\x1b[0md\x7fe\u0084f\u009fg", "abc[0mdefg"},
-		{"separators that end a line in Python go", "a\x1cb\x1dc\x1ed\x1fe", "abcde"},
-		{"direction controls go", "a\u202eb\u2066c\u200fd\u061ce", "abcde"},
-		{"joiners stay", "👨\u200d👩\ufe0f", "👨\u200d👩\ufe0f"},
-		{"what is not UTF-8 is marked", "a\xffb\xc3", "a\ufffdb\ufffd"},
-	} {
-		if got, cut := clean(test.in, 100); got != test.want || cut {
-			t.Errorf("%s: clean(%q): got %q, %v, want %q", test.name, test.in, got, cut, test.want)
-		}
-	}
-	for _, n := range []int{maxLine - 1, maxLine, maxLine + 1, 2 * maxLine} {
-		got := fromRedis(strings.Repeat("語", n))
-		if count := utf8.RuneCountInString(got); count != min(n, maxLine) || strings.HasSuffix(got, "…") != (n > maxLine) {
-			t.Errorf("a line of %d characters became %d, ending in %q", n, count, got[len(got)-3:])
-		}
-	}
-}
 
 func TestSession(t *testing.T) {
 	k, now := newSigner("key", ""), time.Unix(1_800_000_000, 0)
@@ -2002,44 +1994,27 @@ func TestRoutes(t *testing.T) {
 	for _, test := range []struct {
 		name     string
 		who      *client
-		request  string
+		requests string
 		status   int
 		location string
 	}{
-		{"the chat page with a session", member, "GET /", 200, ""},
-		{"the chat page without a session", stranger, "GET /", 303, "/login"},
-		{"the login form", stranger, "GET /login", 200, ""},
-		{"the lesson", stranger, "GET /lesson", 200, ""},
-		{"health", stranger, "GET /healthz", 200, ""},
-		{"the metrics", stranger, "GET /metrics", 200, ""},
-		{"polling", stranger, "GET /stream?wait=0", 200, ""},
+		{"with a session", member, "GET /", 200, ""},
+		{"without one", stranger, "GET /", 303, "/login"},
+		{"what needs none", stranger, "GET /login, GET /lesson, GET /healthz, GET /metrics, GET /stream?wait=0", 200, ""},
 		{"logging out", newClient(t, stranger.url).login("x"), "POST /logout", 303, "/login"},
-		{"the lesson of a closed room", outside, "GET /lesson", 303, "/login"},
-		{"the chat page of a closed room", outside, "GET /", 303, "/login"},
-		{"the login form of a closed room", outside, "GET /login", 200, ""},
-		{"health of a closed room", outside, "GET /healthz", 200, ""},
-		{"the stream of a closed room", outside, "GET /stream", 401, ""},
-		{"posting to a closed room", outside, "POST /post", 401, ""},
-		{"the lesson with a session", inside, "GET /lesson", 200, ""},
-		{"the chat page with a session", inside, "GET /", 200, ""},
-		{"the stream with a session", inside, "GET /stream?wait=0", 200, ""},
-		{"posting with a session", inside, "POST /post", 204, ""},
-		{"an unknown path", stranger, "GET /nothing", 404, ""},
-		{"an unknown path, posted to", stranger, "POST /nothing", 404, ""},
-		{"below a known path", stranger, "GET /login/x", 404, ""},
-		{"a slash behind a known path", stranger, "GET /stream/", 404, ""},
-		{"a known path in capitals", stranger, "GET /Login", 404, ""},
-		{"an unknown asset", stranger, "GET /assets/nothing.js", 404, ""},
-		{"the directory of the assets", stranger, "GET /assets/", 404, ""},
-		{"the source", stranger, "GET /main.go", 404, ""},
-		{"a path that is not clean", stranger, "GET /x/../login", 307, "/login"},
-		{"a dot in a path", stranger, "GET /./login", 307, "/login"},
+		{"of a closed room", outside, "GET /, GET /lesson", 303, "/login"},
+		{"what needs no session there", outside, "GET /login, GET /healthz", 200, ""},
+		{"what does", outside, "GET /stream, POST /post", 401, ""},
+		{"with a session there", inside, "GET /, GET /lesson, GET /stream?wait=0", 200, ""},
+		{"posting there", inside, "POST /post", 204, ""},
+		{"what is nowhere", stranger, "GET /nothing, POST /nothing, GET /login/x, GET /stream/, GET /Login, GET /assets/nothing.js, GET /assets/, GET /main.go", 404, ""},
+		{"a path that is not clean", stranger, "GET /x/../login, GET /./login", 307, "/login"},
 	} {
-		method, path, _ := strings.Cut(test.request, " ")
-		got := test.who.do(method, path, "message=x")
-		if got.status != test.status || got.header.Get("Location") != test.location {
-			t.Errorf("%s: %s: got %d, Location %q, want %d, %q", test.name, test.request,
-				got.status, got.header.Get("Location"), test.status, test.location)
+		for request := range strings.SplitSeq(test.requests, ", ") {
+			method, path, _ := strings.Cut(request, " ")
+			if got := test.who.do(method, path, "message=x"); got.status != test.status || got.header.Get("Location") != test.location {
+				t.Errorf("%s: %s: got %d, Location %q, want %d, %q", test.name, request, got.status, got.header.Get("Location"), test.status, test.location)
+			}
 		}
 	}
 	if got := stranger.get("/healthz").body; strings.TrimSpace(got) != "ok" {
@@ -2406,89 +2381,32 @@ func TestMessages(t *testing.T) {
 	t.Parallel()
 	w := newWitness(t, startRoom(t).url)
 	c := newClient(t, w.c.url).login("小明")
-	const formType = "Content-Type: application/x-www-form-urlencoded"
-	text := func(s string) string { return form("message", s) }
-	padded := func(size int) string { return "message=x&pad=" + strings.Repeat("x", size-len("message=x&pad=")) }
-	long := func(n int, s string) string { return strings.Repeat(s, n) }
 	var said []string
-	for _, test := range []struct {
-		name, body, header string
-		status             int
-		heard              string // the text, if status is 204
-	}{
-		{"the type in capitals", "message=a", strings.ToUpper(formType), 204, "a"},
-		{"the type with a charset", "message=a", formType + "; charset=UTF-8", 204, "a"},
-		{"an empty type", "message=a", "Content-Type:", 415, ""},
-		{"JSON", `{"message":"a"}`, "Content-Type: application/json", 415, ""},
-		{"plain text, which other sites may send", "message=a", "Content-Type: text/plain", 415, ""},
-		{"multipart", "--x\r\nContent-Disposition: form-data; name=message\r\n\r\na\r\n--x--", "Content-Type: multipart/form-data; boundary=x", 415, ""},
-		{"a type that only begins like ours", "message=a", formType + "x", 415, ""},
-		{"a type that is not one", "message=a", "Content-Type: ///", 415, ""},
-
-		{"a body of 64 KiB", padded(64 << 10), "", 204, "x"},
-		{"one byte more", padded(64<<10 + 1), "", 413, ""},
-		{"4000 letters", text(long(4000, "x")), "", 204, long(4000, "x")},
-		{"4000 code points of four bytes", text(long(4000, "😀")), "", 204, long(4000, "😀")},
-		{"4001 code points", text(long(4001, "字")), "", 413, ""},
-		{"4000 after cleaning", text(long(3998, "x") + "\r\ny\x00\x01"), "", 204, long(3998, "x") + "\ny"},
-
-		{"an escape without digits", "message=%", "", 400, ""},
-		{"an escape that is cut", "message=%4", "", 400, ""},
-		{"an escape that is not hexadecimal", "message=%zz", "", 400, ""},
-		{"an escape of another kind", "message=%u4f60", "", 400, ""},
-		{"a broken escape in another field", "message=a&x=%zz", "", 400, ""},
-		{"a broken escape in a name", "message=a&%zz=x", "", 400, ""},
-
-		{"a byte that is not UTF-8", "message=a%ff", "", 422, ""},
-		{"the same, not escaped", "message=a\xff", "", 422, ""},
-		{"a character that is cut", "message=%e4%bd", "", 422, ""},
-		{"NUL in two bytes", "message=a%c0%80", "", 422, ""},
-		{"a surrogate", "message=a%ed%a0%80", "", 422, ""},
-		{"beyond the last code point", "message=a%f4%90%80%80", "", 422, ""},
-
-		{"nothing", "", "", 422, ""},
-		{"no message", "text=a", "", 422, ""},
-		{"a name without a value", "message", "", 422, ""},
-		{"an empty message", "message=", "", 422, ""},
-		{"the name in capitals", "MESSAGE=a", "", 422, ""},
-
-		{"an escaped NUL", text("a\x00b"), "", 204, "ab"},
-		{"control characters", text("a\x01\x08\x1b[31m\x7f\u0080\u009fb"), "", 204, "a[31mb"},
-		{"a tab", text("a\tb"), "", 204, "a\tb"},
-		{"vertical tab, form feed, next line", text("a\v\f\u0085b"), "", 204, "a\n\n\nb"},
-		{"separators of files, groups, records, units", text("a\x1c\x1d\x1e\x1fb"), "", 204, "ab"},
-		{"bidi embeddings and overrides", text("a\u202a\u202b\u202c\u202d\u202eb"), "", 204, "ab"},
-		{"bidi isolates", text("a\u2066\u2067\u2068\u2069b"), "", 204, "ab"},
-		{"bidi marks", text("a\u200e\u200f\u061cb"), "", 204, "ab"},
-		{"right to left", text("שלום"), "", 204, "שלום"},
-		{"an emoji of several", text("👩\u200d👧 ❤\ufe0f 🇨🇳"), "", 204, "👩\u200d👧 ❤\ufe0f 🇨🇳"},
-		{"3000 marks on one letter", text("a" + long(3000, "\u0301")), "", 204, "a" + long(3000, "\u0301")},
-		{"4000 marks are 4001 with the letter", text("a" + long(4000, "\u0301")), "", 413, ""},
-		{"markup", text(`<script>alert(1)</script>&amp;"'`), "", 204, `<script>alert(1)</script>&amp;"'`},
-		{"an act", text("!gap"), "", 204, "!gap"},
-
-		{"LF", text("a\nb"), "", 204, "a\nb"},
-		{"CR LF", text("a\r\nb"), "", 204, "a\nb"},
-		{"CR", text("a\rb"), "", 204, "a\nb"},
-		{"LF CR", text("a\n\rb"), "", 204, "a\n\nb"},
-		{"every field behind LF", text("a\nid: 0\nevent: gap\nretry: 1\ndata: b"), "", 204, "a\nid: 0\nevent: gap\nretry: 1\ndata: b"},
-		{"every field behind CR", text("a\rid: 0\revent: gap\rretry: 1\rdata: b"), "", 204, "a\nid: 0\nevent: gap\nretry: 1\ndata: b"},
-		{"an event behind two LF", text("a\n\nevent: gap\ndata:\n\ndata: b"), "", 204, "a\n\nevent: gap\ndata:\n\ndata: b"},
-		{"an event behind two CR LF", text("a\r\n\r\nid: 0\r\nevent: ping\r\ndata:\r\n\r\ndata: b"), "", 204, "a\n\nid: 0\nevent: ping\ndata:\n\ndata: b"},
-		{"an event behind two U+2029", text("a\u2029\u2029id: 0\u2029data: b\u2029\u2029"), "", 204, "a\n\nid: 0\ndata: b\n\n"},
-		{"a field behind NUL and LF", text("a\x00\n\x00id: 0\ndata: b"), "", 204, "a\nid: 0\ndata: b"},
-		{"a line of somebody else", text("a\n[12:34:56] 小红: b"), "", 204, "a\n[12:34:56] 小红: b"},
-		{"a comment and a colon", text("a\n: b\n:"), "", 204, "a\n: b\n:"},
-		{"a byte order mark on the second line", text("a\n\ufeffid: 0"), "", 204, "a\n\ufeffid: 0"},
-	} {
-		var headers []string
-		if test.header != "" {
-			headers = []string{test.header}
+	try := func(status int, body, heard string, headers ...string) {
+		t.Helper()
+		if got := c.do("POST", "/post", body, headers...); got.status != status {
+			t.Errorf("%.80q, %q: got %d, want %d", body, headers, got.status, status)
+		} else if status == 204 {
+			said = append(said, "小明: "+heard)
 		}
-		if got := c.do("POST", "/post", test.body, headers...); got.status != test.status {
-			t.Errorf("%s: %.60q: got %d, want %d", test.name, test.body, got.status, test.status)
-		} else if got.status == 204 {
-			said = append(said, "小明: "+test.heard)
+	}
+	text := func(s string) string { return form("message", s) }
+	long := strings.Repeat
+	const formType = "application/x-www-form-urlencoded"
+	for kind, status := range map[string]int{formType: 204, strings.ToUpper(formType): 204, formType + "; charset=UTF-8": 204,
+		"": 415, "text/plain": 415, "application/json": 415, "multipart/form-data; boundary=x": 415, formType + "x": 415, "///": 415} {
+		try(status, "message=a", "a", "Content-Type: "+kind)
+	}
+	padded := "message=x&pad=" + long("x", 64<<10-len("message=x&pad="))
+	try(204, padded, "x")
+	for status, bodies := range map[int][]string{
+		400: {"message=%", "message=%4", "message=%zz", "message=%u4f60", "message=a&x=%zz", "message=a&%zz=x"},
+		413: {padded + "x", text(long("字", 4001)), text("a" + long("\u0301", 4000))},
+		422: {"", "text=a", "message", "message=", "MESSAGE=a", "message=a%ff", "message=a\xff",
+			"message=%e4%bd" /* cut */, "message=a%c0%80" /* NUL in two bytes */, "message=a%ed%a0%80" /* a surrogate */, "message=a%f4%90%80%80"},
+	} {
+		for _, body := range bodies {
+			try(status, body, "")
 		}
 	}
 	blanks := []string{" ", "\t", "\n", "\r\n \r", "\x00", "\x7f", "\u0085", "\u00a0", "\u00ad", "\u034f", "\u061c",
@@ -2496,10 +2414,25 @@ func TestMessages(t *testing.T) {
 		"\u2007", "\u2008", "\u2009", "\u200a", "\u200b", "\u200c", "\u200d", "\u200e", "\u200f", "\u2028", "\u2029",
 		"\u202a", "\u202e", "\u202f", "\u205f", "\u2060", "\u2064", "\u2066", "\u206f", "\u2800", "\u3000", "\u3164",
 		"\ufe00", "\ufe0f", "\ufeff", "\uffa0", "\U000e0001", "\U000e0020", "\U000e007f", "\U000e0100"}
-	for _, text := range append(blanks, strings.Join(blanks, "")) {
-		if got := c.post(text); got != 422 {
-			t.Errorf("a message of %+q, which shows nothing: got %d, want 422", text, got)
-		}
+	for _, blank := range append(blanks, strings.Join(blanks, "")) {
+		try(422, text(blank), "")
+	}
+	for _, same := range []string{long("x", 4000), long("😀", 4000), "a" + long("\u0301", 3000), "  a\tb ", "שלום", "👩\u200d👧 ❤\ufe0f 🇨🇳", "!gap",
+		`<script>alert(1)</script>&amp;"'`, "a\nb", "a\nid: 0\nevent: gap\nretry: 1\ndata: b", "a\n\nevent: gap\ndata:\n\ndata: b",
+		"a\n[12:34:56] 小红: b", "a\n: b\n:", "a\n\ufeffid: 0"} {
+		try(204, text(same), same)
+	}
+	for in, out := range map[string]string{
+		long("x", 3998) + "\r\ny\x00\x01": long("x", 3998) + "\ny", // 4000 after cleaning
+		"a\x00b":                          "ab", "a\x01\x08\x1b[31m\x7f\u0080\u009fb": "a[31mb", "a\x1c\x1d\x1e\x1fb": "ab",
+		"a\u202a\u202b\u202c\u202d\u202eb": "ab", "a\u2066\u2067\u2068\u2069b": "ab", "a\u200e\u200f\u061cb": "ab",
+		"a\r\nb": "a\nb", "a\rb": "a\nb", "a\n\rb": "a\n\nb", "a\r\rb\r\n\nc": "a\n\nb\n\nc", "a\v\f\u0085\u2028\u2029b": "a\n\n\n\n\nb",
+		"a\rid: 0\revent: gap\rretry: 1\rdata: b":               "a\nid: 0\nevent: gap\nretry: 1\ndata: b",
+		"a\r\n\r\nid: 0\r\nevent: ping\r\ndata:\r\n\r\ndata: b": "a\n\nid: 0\nevent: ping\ndata:\n\ndata: b",
+		"a\u2029\u2029id: 0\u2029data: b\u2029\u2029":           "a\n\nid: 0\ndata: b\n\n",
+		"a\x00\n\x00id: 0\ndata: b":                             "a\nid: 0\ndata: b",
+	} {
+		try(204, text(in), out)
 	}
 	w.heard(said...)
 }
@@ -2508,47 +2441,26 @@ func TestKeys(t *testing.T) {
 	t.Parallel()
 	w := newWitness(t, startRoom(t).url)
 	c := newClient(t, w.c.url).login("小明")
-	var said []string
-	for _, test := range []struct {
-		name, key string
-		status    int
-		isNew     bool
-	}{
-		{"empty", "", 400, false},
-		{"15 characters", strings.Repeat("k", 15), 400, false},
-		{"16 characters", strings.Repeat("k", 16), 204, true},
-		{"64 characters", strings.Repeat("k", 64), 204, true},
-		{"65 characters", strings.Repeat("k", 65), 400, false},
-		{"5 KB", strings.Repeat("k", 5<<10), 400, false},
-		{"every character that may be", "ABCXYZabcxyz0189_-", 204, true},
-		{"in small letters it is another", "abcxyzabcxyz0189_-", 204, true},
-		{"a space", "kkkkkkkk kkkkkkkk", 400, false},
-		{"a tab", "kkkkkkkk\tkkkkkkkk", 400, false},
-		{"an id", unknownID, 400, false},
-		{"a dot, as in the id of a foreign line", keyA + ".abcdefgh", 400, false},
-		{"quotes", `"8e03978e-40d5-43dd-bc93-6894a57f9324"`, 400, false},
-		{"a comma", keyA + "," + keyB, 400, false},
-		{"a slash", "kkkkkkkk/kkkkkkkk", 400, false},
-		{"letters beyond ASCII", "ключключключключ", 400, false},
-		{"digits of another script", "٠١٢٣٤٥٦٧٠١٢٣٤٥٦٧", 400, false},
-		{"not UTF-8", keyA + "\xff", 400, false},
-		{"again, with another text", strings.Repeat("k", 16), 204, false},
-	} {
-		if got := c.postKey(test.key, test.name); got != test.status {
-			t.Errorf("a key: %s: got %d, want %d", test.name, got, test.status)
-		}
-		if test.isNew {
-			said = append(said, "小明: "+test.name)
+	k := strings.Repeat("k", 64)
+	for _, bad := range []string{"", k[:15], k + "k", strings.Repeat(k, 80), "kkkkkkkk kkkkkkkk", "kkkkkkkk\tkkkkkkkk", unknownID, keyA + ".abcdefgh",
+		`"8e03978e-40d5-43dd-bc93-6894a57f9324"`, keyA + "," + keyB, "kkkkkkkk/kkkkkkkk", "ключключключключ", "٠١٢٣٤٥٦٧٠١٢٣٤٥٦٧", keyA + "\xff"} {
+		if got := c.postKey(bad, "bad"); got != 400 {
+			t.Errorf("the key %.99q: got %d, want 400", bad, got)
 		}
 	}
-	w.heard(said...)
+	for _, good := range []string{k[:16], k, "ABCXYZabcxyz0189_-", "abcxyzabcxyz0189_-"} { // in small letters it is another
+		id := c.sayAs(good, good)
+		if again := w.c.sayAs(good, "another text by another person"); again != id || !anyID.MatchString(id) {
+			t.Errorf("the message has the id %q, and posted again %q", id, again)
+		}
+		if e := w.message(); e.id != id || e.said() != "小明: "+good {
+			t.Errorf("got %v, want the first message, under the id %s", e, id)
+		}
+	}
 	together(20, func(int) { c.sayAs(keyA, "pressed twenty times") })
-	id := w.c.sayAs(keyA, "another text by another person")
-	drawn := w.c.do("POST", "/post", "message=without+a+key").header.Get("Message-Id")
-	if e := w.message(); !anyID.MatchString(id) || e.id != id || e.said() != "小明: pressed twenty times" {
-		t.Errorf("got %v, want the first message under the id %s", e, id)
-	}
-	if e := w.message(); !drawnID.MatchString(drawn) || e.id != drawn || e.said() != "anonymous: without a key" {
+	drawn := c.do("POST", "/post", "message=without+a+key").header.Get("Message-Id")
+	w.hears("小明: pressed twenty times")
+	if e := w.message(); !drawnID.MatchString(drawn) || e.id != drawn || e.said() != "小明: without a key" {
 		t.Errorf("got %v, want the second message under the drawn id %q", e, drawn)
 	}
 	w.heard()
@@ -2558,108 +2470,51 @@ func TestKeys(t *testing.T) {
 func TestNames(t *testing.T) {
 	t.Parallel()
 	w := newWitness(t, startRoom(t).url)
-	const empty, long, refused = "name_empty", "name_long", "name_chars U+" // why, or how that begins
 	var said []string
-	for _, test := range []struct {
-		name, user string
-		shown      string // "" if it is refused
-		reason     string
-	}{
-		{"Chinese", "小明", "小明", ""},
-		{"Russian", "Анна", "Анна", ""},
-		{"Arabic", "عمر", "عمر", ""},
-		{"marks", "ก\u0e31\u0e49น", "ก\u0e31\u0e49น", ""},
-		{"mixed marks", "a\u0301\u0323\u05b0", "a\u0301\u0323\u05b0", ""},
-		{"an apostrophe", "O'Neil-Smith (2)", "O'Neil-Smith (2)", ""},
-		{"markup is just text", "<b>&amp;", "<b>&amp;", ""},
-		{"a script", `"><script>`, `"><script>`, ""},
-		{"one digit", "7", "7", ""},
-		{"one symbol", "+", "+", ""},
-		{"an emoji", "😀", "😀", ""},
-		{"a flag", "🇨🇳", "🇨🇳", ""},
-		{"an emoji of several falls apart", "👩\u200d🚀", "👩🚀", ""},
-		{"the emoji style is dropped", "❤\ufe0f", "❤", ""},
-		{"white space around it", " \u3000x\u00a0", "x", ""},
-		{"white space in it", "a \u3000\u00a0 \tb", "a b", ""},
-		{"line ends of every kind", "a\v\fb\u0085c\u2028\u2029d\r\ne", "a b c d e", ""},
-		{"letters of two scripts", "小明 Анна Ω", "小明 Анна Ω", ""},
-		{"marks on several letters", "e\u0301\u0302\u0303e\u0301", "e\u0301\u0302\u0303e\u0301", ""},
-		{"24 code points", strings.Repeat("字", 24), strings.Repeat("字", 24), ""},
-		{"24 after cleaning", " " + strings.Repeat("😀\ufe0f", 24), strings.Repeat("😀", 24), ""},
-		{"25 code points", strings.Repeat("字", 25), "", long},
-		{"a letter with 24 marks", "a" + strings.Repeat("\u0301", 24), "", long},
-		{"a long one", strings.Repeat("字", 5000), "", long},
-		{"nothing", "", "", empty},
-		{"a space", " ", "", empty},
-		{"a wide space and a tab", " \u3000\t", "", empty},
-		{"a joiner and a style only", "\u200d\ufe0f", "", empty},
-		{"punctuation only", "...!?-", "", empty},
-		{"a mark only", "\u0301", "", empty},
-		{"a colon", "a:b", "", "name_chars U+003A ':'"},
-		{"Cyrillic among Latin letters", "Мs Wang", "", "name_chars U+041C 'М'"},
-		{"a Cyrillic one behind Latin letters", "Ms Wаng", "", "name_chars U+0430 'а'"},
-		{"Greek among Latin letters", "Μs Wang", "", "name_chars U+039C 'Μ'"},
-		{"four marks on a letter", "a\u0301\u0302\u0303\u0304", "", "name_chars U+0304 '\u0304'"},
-		{"what stands for an object", "a\ufffcb", "", "name_chars U+FFFC '\ufffc'"},
-		{"a separator of files", "a\x1cb", "", "name_chars U+001C"},
-		{"a separator of records", "a\x1eb", "", "name_chars U+001E"},
-		{"an opening bracket", "a[b", "", refused},
-		{"a closing bracket", "a]b", "", refused},
-		{"a line of somebody else", "x: [12:34:56] y", "", refused},
-		{"a header", "x\r\nSet-Cookie: evil=1", "", refused},
-		{"NUL", "a\x00b", "", refused},
-		{"escape", "a\x1bb", "", refused},
-		{"delete", "a\x7fb", "", refused},
-		{"a control character of the second set", "a\u009bb", "", refused},
-		{"soft hyphen", "a\u00adb", "", refused},
-		{"combining grapheme joiner", "a\u034fb", "", refused},
-		{"Arabic letter mark", "a\u061cb", "", refused},
-		{"Arabic number sign, a format character", "a\u0600b", "", refused},
-		{"Hangul fillers", "\u115f\u1160", "", refused},
-		{"Hangul filler among letters", "a\u3164b", "", refused},
-		{"Hangul filler, half width", "a\uffa0b", "", refused},
-		{"Khmer inherent vowel", "a\u17b4b", "", refused},
-		{"Mongolian variation selector", "a\u180bb", "", refused},
-		{"Mongolian vowel separator", "a\u180eb", "", refused},
-		{"zero width space", "a\u200bb", "", refused},
-		{"zero width non-joiner", "a\u200cb", "", refused},
-		{"left-to-right mark", "a\u200eb", "", refused},
-		{"right-to-left override", "a\u202eb", "", refused},
-		{"isolate", "a\u2066b", "", refused},
-		{"word joiner", "a\u2060b", "", refused},
-		{"invisible plus", "a\u2064b", "", refused},
-		{"a braille blank", "\u2800", "", refused},
-		{"the head of no note", "\U0001d159", "", refused},
-		{"an empty hieroglyph", "\U00013441", "", refused},
-		{"variation selector 1", "a\ufe00b", "", refused},
-		{"variation selector 256", "a\U000e01efb", "", refused},
-		{"byte order mark", "\ufeffa", "", refused},
-		{"interlinear annotation", "a\ufff9b", "", refused},
-		{"musical format", "a\U0001d173b", "", refused},
-		{"tags", "a\U000e0041\U000e007f", "", refused},
-		{"a flag of tags", "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "", refused},
-		{"private use", "a\ue000b", "", refused},
-		{"not assigned", "a\u0378b", "", refused},
-		{"no character", "a\uffffb", "", refused},
-		{"not UTF-8", "a\xffb", "", refused},
-		{"a surrogate", "a\xed\xa0\x80b", "", refused},
-	} {
-		if shown, reason := cleanName(test.user); shown != test.shown || !strings.HasPrefix(reason, test.reason) || test.reason == "" && reason != "" {
-			t.Errorf("a name: %s: %+.40q: got %q, %q, want %q, %q", test.name, test.user, shown, reason, test.shown, test.reason)
+	try := func(user, shown, reason string) {
+		t.Helper()
+		if name, why := cleanName(user); name != shown || why != reason {
+			t.Errorf("the name %+.40q: got %q, %q, want %q, %q", user, name, why, shown, reason)
 		}
 		c := newClient(t, w.c.url)
-		got := c.do("POST", "/login", form("user", test.user))
-		if want := map[bool]int{false: 303, true: 422}[test.shown == ""]; got.status != want {
-			t.Errorf("a name: %s: %+.40q: got %d, want %d", test.name, test.user, got.status, want)
-			continue
+		got := c.do("POST", "/login", form("user", user))
+		if want := map[bool]int{false: 303, true: 422}[shown == ""]; got.status != want {
+			t.Fatalf("the name %+.40q: got %d, want %d", user, got.status, want)
 		}
-		if cookie := got.header.Get("Set-Cookie"); strings.ContainsFunc(cookie, func(r rune) bool { return r > '~' }) || (cookie == "") != (test.shown == "") {
-			t.Errorf("a name: %s: got %d with the cookie %q", test.name, got.status, cookie)
+		if cookie := got.header.Get("Set-Cookie"); strings.ContainsFunc(cookie, func(r rune) bool { return r > '~' }) || (cookie == "") != (shown == "") {
+			t.Errorf("the name %+.40q: got %d with the cookie %q", user, got.status, cookie)
 		}
-		if test.shown != "" {
-			c.say(test.name)
-			said = append(said, test.shown+": "+test.name)
+		if shown != "" {
+			c.say("hello")
+			said = append(said, shown+": hello")
 		}
+	}
+	for _, name := range []string{"小明", "Анна", "عمر", "ก\u0e31\u0e49น", "小明 Анна Ω", "O'Neil-Smith (2)", "<b>&amp;", `"><script>`, "7", "+",
+		"😀", "🇨🇳", "a\u0301\u0323\u05b0", "e\u0301\u0302\u0303e\u0301", strings.Repeat("字", 24)} {
+		try(name, name, "")
+	}
+	for user, shown := range map[string]string{"👩\u200d🚀": "👩🚀", "❤\ufe0f": "❤", " \u3000x\u00a0": "x", "a \u3000\u00a0 \tb": "a b",
+		"a\v\fb\u0085c\u2028\u2029d\r\ne": "a b c d e", " " + strings.Repeat("😀\ufe0f", 24): strings.Repeat("😀", 24)} {
+		try(user, shown, "")
+	}
+	for _, user := range []string{strings.Repeat("字", 25), "a" + strings.Repeat("\u0301", 24), strings.Repeat("字", 5000)} {
+		try(user, "", "name_long")
+	}
+	for _, user := range []string{"", " ", " \u3000\t", "\u200d\ufe0f", "...!?-", "\u0301"} {
+		try(user, "", "name_empty")
+	}
+	// Controls, formats and what shows nothing, of every kind; the line's own grammar; private, not assigned.
+	for _, r := range ":[]\x00\x1b\x1c\x1e\x7f\u009b\u00ad\u034f\u061c\u0600\u115f\u3164\uffa0\u17b4\u180b\u180e\u200b\u200c\u200e\u202e\u2066\u2060" +
+		"\u2064\u2800\ufe00\ufeff\ufff9\ufffc\uffff\u0378\ue000\U00013441\U0001d159\U0001d173\U000e0041\U000e01ef" {
+		try(fmt.Sprintf("a%cb", r), "", fmt.Sprintf("name_chars %#U", r))
+	}
+	for user, r := range map[string]rune{"Мs Wang": 'М', "Ms Wаng": 'а', "Μs Wang": 'Μ', "a\u0301\u0302\u0303\u0304": '\u0304', "x: [12:34:56] y": ':',
+		"x\r\nSet-Cookie: evil=1": ':', "🏴\U000e0067\U000e0062\U000e007f": '\U000e0067', "a\xffb": '\ufffd', "a\xed\xa0\x80b": '\ufffd'} {
+		reason := fmt.Sprintf("name_chars %#U", r)
+		if r == '\ufffd' {
+			reason = "name_chars U+FFFD"
+		}
+		try(user, "", reason)
 	}
 	w.heard(said...)
 }
@@ -2669,98 +2524,57 @@ func TestBadRequests(t *testing.T) {
 	t.Parallel()
 	room := startRoom(t)
 	w := newWitness(t, room.url)
-	pad := strings.Repeat("x", 15<<10)
-	health := func(headers ...string) string { return raw(append([]string{"GET /healthz HTTP/1.1"}, headers...)...) }
-	chunked := func(body, how string) string { return rawPost(body+"\r\n0\r\n\r\n", "Transfer-Encoding: "+how) }
-	for _, test := range []struct {
-		name, request string
-		status        int
-		location      string
-	}{
-		{"a method in small letters", raw("get /healthz HTTP/1.1", "Host: chat"), 405, ""},
-		{"an unknown method", raw("BREW / HTTP/1.1", "Host: chat"), 405, ""},
-		{"a method with a bad character", raw("G@T / HTTP/1.1", "Host: chat"), 400, ""},
-		{"no method", raw(" / HTTP/1.1", "Host: chat"), 400, ""},
-		{"an empty request", raw(""), 400, ""},
-		{"a method of 30 KB", raw(pad+pad+" / HTTP/1.1", "Host: chat"), 431, ""},
-		{"TRACE", raw("TRACE / HTTP/1.1", "Host: chat"), 405, ""},
-		{"CONNECT to a known path", raw("CONNECT /post HTTP/1.1", "Host: chat"), 405, ""},
-		{"OPTIONS for the whole server", raw("OPTIONS * HTTP/1.1", "Host: chat"), 200, ""},
-		{"GET for the whole server", rawGet("*"), 400, ""},
-		{"no version", raw("GET /"), 400, ""},
-		{"version 1.0 without Host", raw("GET /healthz HTTP/1.0"), 200, ""},
-		{"version 9.9", raw("GET / HTTP/9.9", "Host: chat"), 505, ""},
-		{"a word as version", raw("GET / HTTP/one", "Host: chat"), 400, ""},
-		{"a TLS hello", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n", 400, ""},
-
-		{"an escaped letter in a path", rawGet("/lo%67in"), 200, ""},
-		{"an escaped slash in a path", rawGet("/login%2f"), 404, ""},
-		{"an escape that is broken", rawGet("/%zz"), 400, ""},
-		{"an escape that is cut", rawGet("/%4"), 400, ""},
-		{"an escaped NUL", rawGet("/%00"), 404, ""},
-		{"an escaped NUL behind a known path", rawGet("/login%00"), 404, ""},
-		{"an escaped NUL among the assets", rawGet("/assets/%00"), 404, ""},
-		{"a NUL", rawGet("/\x00"), 400, ""},
-		{"a control character", rawGet("/\x01"), 400, ""},
-		{"a space", rawGet("/log in"), 400, ""},
-		{"letters beyond ASCII", rawGet("/登录"), 404, ""},
-		{"not UTF-8", rawGet("/\xff%ff"), 404, ""},
-		{"no slash at the front", rawGet("login"), 400, ""},
-		{"dots", rawGet("/assets/../main.go"), 307, "/main.go"},
-		{"dots beyond the root", rawGet("/../../../etc/passwd"), 307, "/etc/passwd"},
-		{"escaped dots", rawGet("/assets/%2e%2e/main.go"), 404, ""},
-		{"dots and a backslash", rawGet(`/assets/..\main.go`), 404, ""},
-		{"dots and an escaped slash", rawGet("/assets/..%2fmain.go"), 404, ""},
-		{"a double slash", rawGet("//login"), 307, "/login"},
-		{"a double slash is not another host", rawGet("//evil.example/.."), 307, "/"},
-		{"nor is one before dots", rawGet("//evil.example/../x"), 307, "/x"},
-		{"a double slash among the assets", rawGet("/assets//x"), 307, "/assets/x"},
-		{"a parameter on a path", rawGet("/login;x=1"), 404, ""},
-		{"a query with broken escapes", rawGet("/login?user=%zz"), 200, ""},
-		{"an address of another host", rawGet("http://other.example/login"), 200, ""},
-		{"a path of 15 KB", rawGet("/" + pad), 404, ""},
-		{"a path of 30 KB", rawGet("/" + pad + pad), 431, ""},
-
-		{"no Host", health(), 400, ""},
-		{"an empty Host", health("Host:"), 200, ""},
-		{"two Hosts", health("Host: a", "Host: b"), 400, ""},
-		{"a Host with a space", health("Host: a b"), 400, ""},
-		{"lines that end in LF", "GET /healthz HTTP/1.1\nHost: chat\n\n", 200, ""},
-		{"a header without a colon", health("Host: chat", "nonsense"), 400, ""},
-		{"a header whose name has a space", health("Host: chat", "A B: x"), 400, ""},
-		{"a header with a space before the colon", health("Host: chat", "Cookie : x"), 400, ""},
-		{"a header without a name", health("Host: chat", ": x"), 400, ""},
-		{"a header with NUL", health("Host: chat", "X: \x00"), 400, ""},
-		{"a header that is not ASCII", health("Host: chat", "X: 你好\xff"), 200, ""},
-		{"a first header that continues nothing", health(" x: y", "Host: chat"), 400, ""},
-		{"a header of 15 KB", health("Host: chat", "X: "+pad), 200, ""},
-		{"a header of 30 KB", health("Host: chat", "X: "+pad+pad), 431, ""},
-		{"a thousand headers", health("Host: chat" + strings.Repeat("\r\nX: 0123456789012345678901234567890", 1000)), 431, ""},
-		{"an expectation nobody knows", health("Host: chat", "Expect: nonsense"), 417, ""},
-		{"an upgrade to a WebSocket", raw("GET /stream?wait=0 HTTP/1.1", "Host: chat", "Connection: Upgrade", "Upgrade: websocket"), 200, ""},
-		{"a range of a stream", raw("GET /stream?wait=0 HTTP/1.1", "Host: chat", "Range: bytes=0-0"), 200, ""},
-		{"a stream asked for with a body", raw("GET /stream?wait=0 HTTP/1.1", "Host: chat", "Content-Length: 3") + "abc", 200, ""},
-
-		{"a length below zero", rawPost("message=x", "Content-Length: -9"), 400, ""},
-		{"a length with a sign", rawPost("message=x", "Content-Length: +9"), 400, ""},
-		{"a length in words", rawPost("message=x", "Content-Length: nine"), 400, ""},
-		{"a length beyond 64 bits", rawPost("message=x", "Content-Length: 99999999999999999999"), 400, ""},
-		{"two lengths", rawPost("message=x", "Content-Length: 9", "Content-Length: 8"), 400, ""},
-		{"no length", rawPost("message=x"), 422, ""},
-		{"an encoding nobody knows", rawPost("message=x", "Transfer-Encoding: gzip"), 501, ""},
-		{"chunks in chunks", rawPost("message=x", "Transfer-Encoding: chunked, chunked"), 501, ""},
-		{"a chunk without a size", chunked("message=x", "chunked"), 400, ""},
-		{"a chunk below zero", chunked("-9\r\nmessage=x", "chunked"), 400, ""},
-		{"a chunk of 2^64 bytes", chunked("10000000000000000\r\nmessage=x", "chunked"), 400, ""},
-		{"a chunk longer than it says", chunked("5\r\nmessage=x", "chunked"), 400, ""},
-		{"chunks of more than 64 KiB", chunked("11170\r\nmessage="+strings.Repeat("x", 70000-8), "chunked"), 413, ""},
-		{"no content type", raw("POST /post HTTP/1.1", "Host: chat", "Content-Length: 9") + "message=x", 415, ""},
-	} {
-		got := rawRequest(t, room.url, test.request)
-		if got.status != test.status || got.header.Get("Location") != test.location {
-			t.Errorf("%s: %.60q: got %d, Location %q, want %d, %q", test.name, test.request,
-				got.status, got.header.Get("Location"), test.status, test.location)
+	try := func(status int, location, request string) {
+		t.Helper()
+		if got := rawRequest(t, room.url, request); got.status != status || got.header.Get("Location") != location {
+			t.Errorf("%.80q: got %d, Location %q, want %d, %q", request, got.status, got.header.Get("Location"), status, location)
 		}
+	}
+	pad := strings.Repeat("x", 15<<10)
+	for target, status := range map[string]int{
+		"*": 400, "login": 400, "/%zz": 400, "/%4": 400, "/\x00": 400, "/\x01": 400, "/log in": 400,
+		"/%00": 404, "/login%00": 404, "/assets/%00": 404, "/login%2f": 404, "/登录": 404, "/\xff%ff": 404, "/login;x=1": 404,
+		"/assets/%2e%2e/main.go": 404, `/assets/..\main.go`: 404, "/assets/..%2fmain.go": 404, "/" + pad: 404, "/" + pad + pad: 431,
+		"/lo%67in": 200, "/login?user=%zz": 200, "http://other.example/login": 200,
+	} {
+		try(status, "", rawGet(target))
+	}
+	for target, location := range map[string]string{"/assets/../main.go": "/main.go", "/../../../etc/passwd": "/etc/passwd", "//login": "/login",
+		"//evil.example/..": "/", "//evil.example/../x": "/x", "/assets//x": "/assets/x"} { // none leads to another host
+		try(307, location, rawGet(target))
+	}
+	for line, status := range map[string]int{
+		"get /healthz HTTP/1.1": 405, "BREW / HTTP/1.1": 405, "TRACE / HTTP/1.1": 405, "CONNECT /post HTTP/1.1": 405, "OPTIONS * HTTP/1.1": 200,
+		"G@T / HTTP/1.1": 400, " / HTTP/1.1": 400, "": 400, "GET /": 400, "GET / HTTP/one": 400, "GET / HTTP/9.9": 505, pad + pad + " / HTTP/1.1": 431,
+	} {
+		try(status, "", raw(line, "Host: chat"))
+	}
+	for headers, status := range map[string]int{
+		"": 400, "Host: a\r\nHost: b": 400, "Host: a b": 400, "Host:": 200, // none, two …
+		"Host: chat\r\nnonsense": 400, "Host: chat\r\nA B: x": 400, "Host: chat\r\nCookie : x": 400, "Host: chat\r\n: x": 400,
+		"Host: chat\r\nX: \x00": 400, "Host: chat\r\nX: 你好\xff": 200, " x: y\r\nHost: chat": 400,
+		"Host: chat\r\nX: " + pad: 200, "Host: chat\r\nX: " + pad + pad: 431,
+		"Host: chat" + strings.Repeat("\r\nX: 0123456789012345678901234567890", 1000): 431, "Host: chat\r\nExpect: nonsense": 417,
+	} {
+		try(status, "", raw(strings.TrimSuffix("GET /healthz HTTP/1.1\r\n"+headers, "\r\n")))
+	}
+	try(200, "", raw("GET /healthz HTTP/1.0"))
+	try(200, "", "GET /healthz HTTP/1.1\nHost: chat\n\n")
+	try(400, "", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n") // a TLS hello
+	for _, header := range []string{"Connection: Upgrade\r\nUpgrade: websocket", "Range: bytes=0-0", "Content-Length: 0"} {
+		try(200, "", raw("GET /stream?wait=0 HTTP/1.1", "Host: chat", header))
+	}
+	try(200, "", raw("GET /stream?wait=0 HTTP/1.1", "Host: chat", "Content-Length: 3")+"abc")
+	for length, status := range map[string]int{"-9": 400, "+9": 400, "nine": 400, "99999999999999999999": 400, "9\r\nContent-Length: 8": 400} {
+		try(status, "", rawPost("message=x", "Content-Length: "+length))
+	}
+	try(422, "", rawPost("message=x")) // no length
+	try(415, "", raw("POST /post HTTP/1.1", "Host: chat", "Content-Length: 9")+"message=x")
+	try(501, "", rawPost("message=x", "Transfer-Encoding: gzip"))
+	try(501, "", rawPost("message=x\r\n0\r\n\r\n", "Transfer-Encoding: chunked, chunked"))
+	for chunks, status := range map[string]int{"message=x": 400, "-9\r\nmessage=x": 400, "10000000000000000\r\nmessage=x": 400, "5\r\nmessage=x": 400,
+		"11170\r\nmessage=" + strings.Repeat("x", 70000-8): 413} {
+		try(status, "", rawPost(chunks+"\r\n0\r\n\r\n", "Transfer-Encoding: chunked"))
 	}
 	w.heard()
 	room.changed() // and nothing of it is logged
@@ -2893,72 +2707,51 @@ func TestResume(t *testing.T) {
 	if got := tell(waiting.until("end")); got[0] != "1" || got[len(got)-2] != "(ping)" {
 		t.Errorf("a long poll that waited gets %q, want the first message and a ping", got)
 	}
-	const newcomer, lost = "2 3 (ping)", "(gap) 2 3 (ping)"
-	escape := url.QueryEscape
 	retries := map[string]map[int]bool{"": {}, "wait=0": {}, "wait=25s": {}}
-	for _, test := range []struct {
-		name, query, header string
-		want                string
-	}{
-		{"a newcomer", "", "", newcomer},
-		{"an empty header", "", " ", newcomer},
-		{"an empty after=", "after=", "", newcomer},
-		{"after the first", "", a, newcomer},
-		{"after the second", "", b, "3 (ping)"},
-		{"after the newest", "", d, "(ping)"},
-		{"after= does the same", "after=" + b, "", "3 (ping)"},
-		{"the header wins", "after=" + a, d, "(ping)"},
-		{"the header wins, even unknown", "after=" + d, unknownID, lost},
-		{"0 is the beginning", "", "0", "1 2 3 (ping)"},
-		{"after=0 is the beginning", "after=0", "", "1 2 3 (ping)"},
-		{"behind a known id of a foreign line that is not here", "", b + ".abcdefgh", "3 (ping)"},
-		{"an unknown id", "", unknownID, lost},
-		{"after= an unknown id", "after=" + unknownID, "", lost},
-		{"a known id with another tail", "", keyB + "~aaaaaaaa", lost},
-		{"a known key alone", "", keyB, lost},
-		{"a known id in capitals", "", strings.ToUpper(b), lost},
-		{"a known id and more", "", b + "x", lost},
-		{"a known id and a dot", "", b + ".", lost},
-		{"a known id, a dot and not eight letters", "", b + ".1234567!", lost},
-		{"only a dot", "", ".", lost},
-		{"5 KB", "", strings.Repeat("x", 5<<10), lost},
-		{"after= 10 KB", "after=" + strings.Repeat("x", 10<<10), "", lost},
-		{"letters beyond ASCII", "", "你好", lost},
-		{"not UTF-8", "", "\xff\xfe", lost},
-		{"a number", "", "42", lost},
-		{"below zero", "", "-1", lost},
-		{"zero twice", "", "00", lost},
-		{"a NUL", "after=%00", "", lost},
-		{"a field behind LF", "after=" + escape(b+"\nevent: evil\ndata: x\n\n"), "", lost},
-		{"a field behind CR", "after=" + escape("\revent: evil\rdata: x\r\r"), "", lost},
-	} {
+	try := func(query, header, want string) {
+		t.Helper()
 		for way, seen := range retries {
-			if way == "wait=25s" && test.want == "(ping)" {
+			if way == "wait=25s" && want == "(ping)" {
 				continue // holds on
 			}
 			last := "end"
 			if way == "" {
 				last = "ping"
 			}
-			s := c.stream(strings.Trim(way+"&"+test.query, "&"), test.header)
+			s := c.stream(strings.Trim(way+"&"+query, "&"), header)
 			all := s.until(last)
-			if got := strings.TrimSuffix(strings.Join(tell(all), " "), " (end)"); s.status != 200 || got != test.want {
-				t.Errorf("%s, %s: got %d, %q, want %q", test.name, way, s.status, got, test.want)
+			if got := strings.TrimSuffix(strings.Join(tell(all), " "), " (end)"); s.status != 200 || got != want {
+				t.Errorf("/stream?%.99s with %s after %.99q: got %d, %q, want %q", query, way, header, s.status, got, want)
 			}
 			if ping := all[slices.IndexFunc(all, func(e event) bool { return e.kind == "ping" })]; ping.id != d {
-				t.Errorf("%s, %s: the ping has the id %q, want %q", test.name, way, ping.id, d)
+				t.Errorf("/stream?%.99s with %s after %.99q: the ping has the id %q, want %q", query, way, header, ping.id, d)
 			}
 			if s.close(); len(all[0].retry) == 1 {
 				seen[all[0].retry[0]] = true
 			}
 		}
 	}
+	try("", "", "2 3 (ping)") // a newcomer
+	try("", " ", "2 3 (ping)")
+	try("after=", "", "2 3 (ping)")
+	try("", "0", "1 2 3 (ping)")
+	try("after=0", "", "1 2 3 (ping)")
+	try("", a, "2 3 (ping)")
+	try("", b, "3 (ping)")
+	try("", d, "(ping)")
+	try("after="+b, "", "3 (ping)")
+	try("after="+a, d, "(ping)") // the header wins
+	try("after="+d, unknownID, "(gap) 2 3 (ping)")
+	try("", b+".abcdefgh", "3 (ping)") // a foreign line that is not here
+	for _, lost := range []string{unknownID, keyB + "~aaaaaaaa", keyB, strings.ToUpper(b), b + "x", b + ".", b + ".1234567!", ".", "你好", "\xff\xfe",
+		"42", "-1", "00", strings.Repeat("x", 5<<10)} {
+		try("", lost, "(gap) 2 3 (ping)")
+	}
+	for _, lost := range []string{unknownID, "\x00", strings.Repeat("x", 10<<10), b + "\nevent: evil\ndata: x\n\n", "\revent: evil\rdata: x\r\r"} {
+		try("after="+url.QueryEscape(lost), "", "(gap) 2 3 (ping)")
+	}
 	for way, want := range map[string][3]int{"": {1000, 4000, 20}, "wait=0": {2000, 2000, 1}, "wait=25s": {200, 400, 15}} {
-		seen := slices.Sorted(func(yield func(int) bool) {
-			for ms := range retries[way] {
-				yield(ms)
-			}
-		})
+		seen := slices.Sorted(maps.Keys(retries[way]))
 		if len(seen) < want[2] || seen[0] < want[0] || seen[len(seen)-1] > want[1] {
 			t.Errorf("/stream?%s: readers come back after %d ms, want %d to %d, each for itself", way, seen, want[0], want[1])
 		}
@@ -3016,27 +2809,6 @@ func TestSleepersPlace(t *testing.T) {
 		if len(got) != 201 || got[0] != "(gap)" {
 			t.Errorf("%s: a sleeper gets %d lines, %q first, want a gap and what a newcomer gets", name, len(got), got[0])
 		}
-	}
-}
-
-func TestHeartbeat(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes 17 s")
-	}
-	t.Parallel()
-	c := newClient(t, startRoom(t).url)
-	start := time.Now()
-	live, waiting := c.stream("", ""), c.stream("wait=17s", "")
-	for _, s := range []*answer{live, waiting} {
-		s.until("ping")
-		s.until("ping")
-		if took := time.Since(start); took < heartbeat-time.Second {
-			t.Errorf("in silence a ping came after %v, want %v", took, heartbeat)
-		}
-	}
-	got := tell(waiting.until("end"))
-	if took := time.Since(start); took < 17*time.Second || !slices.Equal(got, []string{"(ping)", "(end)"}) {
-		t.Errorf("long polling in silence ended after %v with %q, want a last ping after 17s", took, got)
 	}
 }
 
@@ -3201,79 +2973,94 @@ func TestFloodInTheLog(t *testing.T) {
 	})
 }
 
-// TestLimitsOfAddresses: an address is the peer's, or the last that a proxy on this machine names. Its
-// sessions together post no more than it may, and it may open so many, and try so many passwords.
-func TestLimitsOfAddresses(t *testing.T) {
-	t.Parallel()
-	const wrong, right, login = "user=x&password=wrong", "user=x&password=geheim", "/login"
-	limited := newClient(t, startRoom(t, "-rate", "5", "CHAT_PASSWORD=geheim").url)
-	open := newClient(t, startRoom(t, "-rate", "5").url)
-	free := newClient(t, startRoom(t, "CHAT_PASSWORD=geheim").url)
-	for _, test := range []struct {
-		name             string
-		c                *client
-		path, body, from string
-		tries            int // by ten people
-		want             int
-		burst, each      int // after the burst, so many a second
-	}{
-		{"logins", limited, login, right, "192.0.2.1", 600, 303, 400, 5},
-		{"logins of another address", limited, login, right, "192.0.2.2", 10, 303, 10, 0},
-		{"logins, the address behind what the client says", limited, login, right, "192.0.2.9, 192.0.2.1", 10, 303, 0, 5},
-		{"wrong passwords", limited, login, wrong, "192.0.2.3", 60, 403, 20, 1},
-		{"the right one after that", limited, login, right, "192.0.2.3", 10, 303, 0, 1},
-		{"wrong passwords of another address", limited, login, wrong, "192.0.2.4", 10, 403, 10, 0},
-		{"wrong passwords of an IPv6 network", limited, login, wrong, "2001:db8::1", 60, 403, 20, 1},
-		{"another address of that network", limited, login, wrong, "2001:db8::ffff:1", 10, 403, 0, 1},
-		{"another network", limited, login, wrong, "2001:db8:0:1::1", 10, 403, 10, 0},
-		{"logins without limits", free, login, right, "192.0.2.1", 600, 303, 600, 0},
-		{"wrong passwords without limits", free, login, wrong, "192.0.2.1", 100, 403, 100, 0},
-		{"messages without a session", open, "/post", "message=x", "192.0.2.1", 50, 204, 10, 5},
-		{"messages of another address", open, "/post", "message=x", "192.0.2.1, 192.0.2.2", 10, 204, 10, 0},
-	} {
-		var passed atomic.Int64
-		start := time.Now()
-		together(10, func(int) {
-			c := newClient(t, test.c.url) // so that no cookie is sent
-			for range test.tries / 10 {
-				if got := c.do("POST", test.path, test.body, "X-Forwarded-For: "+test.from); got.status == test.want {
-					passed.Add(1)
-				} else if got.status != 429 || !got.retryAfter() {
-					t.Errorf("%s: got %d with Retry-After %q, want %d, or 429 with one", test.name, got.status, got.header.Get("Retry-After"), test.want)
+// TestLimits: an address is the peer's, or the last that a proxy on this machine names. It may log in so
+// often and try so many passwords, and its sessions together post no more than it may.
+func TestLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limited := func(rate float64, password string) *server {
+			s, err := newServer(&config{rate: rate, password: password}, t.Logf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(s.room.log.close)
+			return s
+		}
+		closed, open, free := limited(5, "geheim"), limited(5, ""), limited(0, "geheim")
+		const wrong, right, message = "user=x&password=wrong", "user=x&password=geheim", "message=x"
+		for _, test := range []struct {
+			name             string
+			s                *server
+			path, body, from string
+			want             int
+			atOnce, inASec   int // of 600, and a second later
+		}{
+			{"logins", closed, "/login", right, "192.0.2.1", 303, 400, 5},
+			{"logins of another address", closed, "/login", right, "192.0.2.2", 303, 400, 5},
+			{"logins, the address behind what the client says", closed, "/login", right, "192.0.2.9, 192.0.2.1", 303, 5, 5},
+			{"wrong passwords", closed, "/login", wrong, "192.0.2.3", 403, 20, 1},
+			{"the right one after that", closed, "/login", right, "192.0.2.3", 303, 0, 400},
+			{"wrong passwords of an IPv6 network", closed, "/login", wrong, "2001:db8::1", 403, 20, 1},
+			{"another address of that network", closed, "/login", wrong, "2001:db8::ffff:1", 403, 0, 1},
+			{"another network", closed, "/login", wrong, "2001:db8:0:1::1", 403, 20, 1},
+			{"logins without limits", free, "/login", right, "192.0.2.1", 303, 600, 600},
+			{"wrong passwords without limits", free, "/login", wrong, "192.0.2.1", 403, 600, 600},
+			{"messages without a session", open, "/post", message, "192.0.2.1", 204, 10, 5},
+			{"messages of another address", open, "/post", message, "192.0.2.1, 192.0.2.2", 204, 10, 5},
+		} {
+			for i, most := range []int{test.atOnce, test.inASec} {
+				time.Sleep(time.Duration(i) * time.Second)
+				passed := 0
+				for range 600 {
+					r, w := httptest.NewRequest("POST", test.path, strings.NewReader(test.body)), httptest.NewRecorder()
+					r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+					r.Header.Set("X-Forwarded-For", test.from)
+					r.RemoteAddr = "127.0.0.1:4711"
+					if test.s.ServeHTTP(w, r); w.Code == test.want {
+						passed++
+					} else if w.Code != 429 || !onlySeconds.MatchString(w.Header().Get("Retry-After")) {
+						t.Fatalf("%s: got %d with Retry-After %q, want %d, or 429 with one", test.name, w.Code, w.Header().Get("Retry-After"), test.want)
+					}
+				}
+				if passed != most {
+					t.Errorf("%s: %d were answered %d, the others 429; want %d", test.name, passed, test.want, most)
 				}
 			}
-		})
-		least, most := int64(test.burst), int64(test.burst)+int64(test.each)*int64(time.Since(start)/time.Second+2)
-		if got := passed.Load(); got < least || got > most {
-			t.Errorf("%s: %d were answered %d, the others 429; want %d to %d", test.name, got, test.want, least, most)
 		}
-	}
 
-	const sessions, each = 100, 10
-	var accepted atomic.Int64
-	start := time.Now()
-	together(sessions, func(i int) {
-		c := newClient(t, open.url).login(strconv.Itoa(i))
-		for range each {
-			if got := c.do("POST", "/post", "message=x"); got.status == 204 {
-				accepted.Add(1)
-			} else if got.status != 429 || !got.retryAfter() || !strings.Contains(got.body, "address") {
-				t.Errorf("got %d %q with Retry-After %q, want 204, or 429 and why", got.status, got.body, got.header.Get("Retry-After"))
+		post := func(id, address string) (status int, said string) {
+			status, said, _ = open.take(t.Context(), session{id: id, name: "x"}, address, cryptorand.Text(), "x")
+			return status, said
+		}
+		burst := func(id, address string) (passed int) {
+			for ; passed < 600; passed++ {
+				if status, _ := post(strings.ReplaceAll(id, "N", strconv.Itoa(passed)), address); status != 204 {
+					break
+				}
+			}
+			return passed
+		}
+		passed := 0
+		for i := range 1000 {
+			if status, said := post(fmt.Sprint("session ", i%100), "192.0.2.8"); status == 204 {
+				passed++
+			} else if !strings.Contains(said, "address") {
+				t.Errorf("refused because %q", said)
 			}
 		}
-	})
-	if got, most := accepted.Load(), int64(500+50*(time.Since(start)/time.Second+1)); got < 500 || got > most {
-		t.Errorf("of %d messages from one address %d were accepted, want 500 to %d", sessions*each, got, most)
-	}
-	c := newClient(t, open.url).login("new")
-	for range 2 * each {
-		c.post("x") // a few may pass, as time does
-	}
-	for i := range each / 2 {
-		if got := c.post("x", "X-Forwarded-For: 192.0.2.9"); got != 204 {
-			t.Errorf("message %d of a session that was refused for its address: got %d from another one, want 204", i, got)
+		if passed != 500 {
+			t.Errorf("a hundred sessions of one address posted %d messages, want 500", passed)
 		}
-	}
+		for range 20 {
+			post("refused", "192.0.2.8")
+		}
+		if passed := burst("refused", "192.0.2.9"); passed != 10 {
+			t.Errorf("who was refused for its address posts %d messages from another one, want 10", passed)
+		}
+		time.Sleep(time.Second)
+		if passed := burst("new N", "192.0.2.8"); passed != 50 {
+			t.Errorf("a second later that address posted %d messages, want 50", passed)
+		}
+	})
 }
 
 // What net/http says of a panic is logged; what a client makes it say, as of garbage where TLS
@@ -3435,7 +3222,7 @@ func TestWrittenBack(t *testing.T) {
 	} {
 		l := newLog(4, 4)
 		l.rebuild(entries(test.mine), false)
-		log, items := newFeed(l, "chat").restore(entries(test.list))
+		log, items := newFeed(l, "chat").merge(entries(test.list))
 		if a, b := strings.Join(lines(log), " "), strings.Join(lines(items), " "); a != test.log || b != test.items {
 			t.Errorf("%s: got the log %q and the list %q, want %q and %q", test.name, a, b, test.log, test.items)
 		}
@@ -3551,72 +3338,22 @@ func TestBadRedis(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
 	w := newWitness(t, r.room().url)
-	id := func(n int) string { return fmt.Sprintf("redis-test-key-%02d~aaaaaaaa", n) }
-	for _, test := range []struct {
-		name string
-		ids  []string // published on chat:id first
-		line string
-		want string // line breaks do not count; "" if nothing is to be shown
-		id   string // "" for that of a foreign line
-	}{
-		{"a word", nil, "hi", "hi", ""},
-		{"not UTF-8", nil, "a\xffb", "a\ufffdb", ""},
-		{"a surrogate", nil, "a\xed\xa0\x80b", "a\ufffd\ufffd\ufffdb", ""},
-		{"NUL", nil, "a\x00b", "ab", ""},
-		{"control characters", nil, "a\x01\x1b\x7f\u009bb", "ab", ""},
-		{"bidi", nil, "a\u202eb\u2066c\u200fd", "abcd", ""},
-		{"CR and LF", nil, "a\rb\nc\r\nd", "abcd", ""},
-		{"fields behind LF", nil, "a\nid: 0\nevent: gap\nretry: 1", "aid: 0event: gapretry: 1", ""},
-		{"fields behind CR", nil, "a\r\revent: gap\rdata:\r\r", "aevent: gapdata:", ""},
-		{"fields behind U+2028", nil, "a\u2028\u2028event: ping\u2028data:", "aevent: pingdata:", ""},
-		{"an event at the front", nil, "event: gap\ndata:\n\ndata: a", "event: gapdata:data: a", ""},
-		{"fields behind U+2029", nil, "a\u2029\u2029event: ping\u2029data:", "aevent: pingdata:", ""},
-		{"fields behind VT, FF and NEL", nil, "a\v\vid: 0\f\fdata:\u0085\u0085", "aid: 0data:", ""},
-		{"fields behind separators", nil, "a\x1c\x1did: 0\x1e\x1edata:", "aid: 0data:", ""},
-		{"markup", nil, "<script>alert(1)</script>", "<script>alert(1)</script>", ""},
-		{"a line that looks like an id", nil, unknownID, unknownID, ""},
-		{"a line that looks like an entry of the list", nil, unknownID + " [12:34:56] x: y", unknownID + " [12:34:56] x: y", ""},
-		{"a line that looks like an act", nil, "!gap", "!gap", ""},
-		{"4100 characters", nil, strings.Repeat("字", 4100), strings.Repeat("字", 4100), ""},
-		{"nothing", nil, "", "", ""},
-		{"spaces", nil, " \t\u3000", "", ""},
-		{"line breaks", nil, "\r\n\u2028", "", ""},
-		{"only what is dropped", nil, "\x00\u202e", "", ""},
-		{"an id and its line", []string{id(1)}, "a", "a", id(1)},
-		{"a known id", []string{id(1)}, "another", "", ""},
-		{"a known key with another tail", []string{nameOf(id(1)) + "~bbbbbbbb"}, "another", "", ""},
-		{"two ids, the last counts", []string{id(2), id(3)}, "a", "a", id(3)},
-		{"the first of them is free", []string{id(2)}, "a", "a", id(2)},
-		{"a key without a tail, as of an older version", []string{nameOf(id(4))}, "a", "a", ""},
-		{"a key that is too short", []string{"short~aaaaaaaa"}, "a", "a", ""},
-		{"a tail that is too short", []string{id(4)[:23]}, "a", "a", ""},
-		{"a tail in capitals", []string{strings.ToUpper(id(4))}, "a", "a", ""},
-		{"an id with a line break", []string{id(4) + "\nevent: gap"}, "a", "a", ""},
-		{"an id with a line break at its end", []string{id(4) + "\n"}, "a", "a", ""},
-		{"an id with NUL", []string{id(4) + "\x00"}, "a", "a", ""},
-		{"an id of 1 MB", []string{strings.Repeat("x", 1<<20)}, "a", "a", ""},
-		{"an empty id", []string{""}, "a", "a", ""},
-		{"the id of a foreign line", []string{id(4) + ".abcdefgh"}, "a", "a", ""},
-		{"the beginning as an id", []string{"0"}, "a", "a", ""},
-		{"a bad id behind a good one is ignored", []string{id(5), "bad!"}, "a", "a", id(5)},
-		{"an announced act is ignored", []string{id(4)}, "!gap", "", ""},
+	for line, want := range map[string]string{ // line breaks do not count
+		"hi": "hi", "a\xffb": "a\ufffdb", "a\xed\xa0\x80b": "a\ufffd\ufffd\ufffdb", "a\x00b": "ab", "a\x01\x1b\x7f\u009bb": "ab",
+		"a\u202eb\u2066c\u200fd": "abcd", "a\rb\nc\r\nd": "abcd", "<script>alert(1)</script>": "<script>alert(1)</script>",
+		"a\nid: 0\nevent: gap\nretry: 1": "aid: 0event: gapretry: 1", "a\r\revent: gap\rdata:\r\r": "aevent: gapdata:",
+		"a\u2028\u2028event: ping\u2028data:": "aevent: pingdata:", "a\u2029\u2029event: ping\u2029data:": "aevent: pingdata:",
+		"a\v\vid: 0\f\fdata:\u0085\u0085": "aid: 0data:", "a\x1c\x1did: 0\x1e\x1edata:": "aid: 0data:", "event: gap\ndata:\n\ndata: a": "event: gapdata:data: a",
+		unknownID: unknownID, unknownID + " [12:34:56] x: y": unknownID + " [12:34:56] x: y", "!gap": "!gap",
+		strings.Repeat("字", 4100): strings.Repeat("字", 4100),
+		"":                        "", " \t\u3000": "", "\r\n\u2028": "", "\x00\u202e": "", // of these nothing is shown
 	} {
-		for _, id := range test.ids {
-			r.do("PUBLISH", "chat:id", id)
+		r.do("PUBLISH", "chat", line)
+		if want == "" {
+			continue // the next one would see it
 		}
-		if len(test.ids) > 0 { // or the room would think that Redis forgot it
-			r.do("RPUSH", "chat:history", cmp.Or(test.id, test.ids[0])+" "+test.line)
-		}
-		r.do("PUBLISH", "chat", test.line)
-		if test.want == "" {
-			continue // the next row would see it
-		}
-		e := w.message()
-		if got := strings.ReplaceAll(e.data, "\n", ""); got != test.want {
-			t.Fatalf("from Redis: %s: got %.200q, want %.60q", test.name, got, test.want)
-		}
-		if test.id == "" && !foreignID.MatchString(e.id) || test.id != "" && e.id != test.id {
-			t.Errorf("from Redis: %s: got the id %q, want %q", test.name, e.id, cmp.Or(test.id, "that of a foreign line"))
+		if e := w.message(); strings.ReplaceAll(e.data, "\n", "") != want || !foreignID.MatchString(e.id) {
+			t.Fatalf("of %.60q came %.200q under the id %s, want %.60q", line, e.data, e.id, want)
 		}
 	}
 	for name, line := range map[string]string{
@@ -3629,9 +3366,45 @@ func TestBadRedis(t *testing.T) {
 		"1 MB of what is dropped": strings.Repeat("\x00", 1<<20) + strings.Repeat("y", 5000),
 	} {
 		r.do("PUBLISH", "chat", line)
-		e := w.message()
-		if n := utf8.RuneCountInString(e.data); n < 4100 || n > 4101 || !strings.HasSuffix(e.data, "…") {
-			t.Errorf("from Redis: %s: got %d characters and %+.40q at the end, want 4100 and …", name, n, e.data[max(0, len(e.data)-9):])
+		if e := w.message(); utf8.RuneCountInString(e.data) != maxLine || !strings.HasSuffix(e.data, "…") {
+			t.Errorf("of %s came %d characters and %+.40q at the end, want %d and …", name, utf8.RuneCountInString(e.data), e.data[max(0, len(e.data)-9):], maxLine)
+		}
+	}
+	id := func(n int) string { return fmt.Sprintf("redis-test-key-%02d~aaaaaaaa", n) }
+	for _, test := range []struct {
+		name string
+		ids  []string // published on chat:id first
+		line string
+		want string // the id; "" for that of a foreign line, "-" if nothing is to be shown
+	}{
+		{"an id and its line", []string{id(1)}, "a", id(1)},
+		{"a known id", []string{id(1)}, "another", "-"},
+		{"a known key with another tail", []string{nameOf(id(1)) + "~bbbbbbbb"}, "another", "-"},
+		{"two ids, the last counts", []string{id(2), id(3)}, "a", id(3)},
+		{"the first of them is free", []string{id(2)}, "a", id(2)},
+		{"a key without a tail, as of an older version", []string{nameOf(id(4))}, "a", ""},
+		{"a key that is too short", []string{"short~aaaaaaaa"}, "a", ""},
+		{"a tail that is too short", []string{id(4)[:23]}, "a", ""},
+		{"a tail in capitals", []string{strings.ToUpper(id(4))}, "a", ""},
+		{"an id with a line break", []string{id(4) + "\nevent: gap"}, "a", ""},
+		{"an id with a line break at its end", []string{id(4) + "\n"}, "a", ""},
+		{"an id with NUL", []string{id(4) + "\x00"}, "a", ""},
+		{"an id of 1 MB", []string{strings.Repeat("x", 1<<20)}, "a", ""},
+		{"an empty id", []string{""}, "a", ""},
+		{"the id of a foreign line", []string{id(4) + ".abcdefgh"}, "a", ""},
+		{"the beginning as an id", []string{"0"}, "a", ""},
+		{"a bad id behind a good one is ignored", []string{id(5), "bad!"}, "a", id(5)},
+		{"an announced act is ignored", []string{id(4)}, "!gap", "-"},
+	} {
+		for _, id := range test.ids {
+			r.do("PUBLISH", "chat:id", id)
+		}
+		r.do("RPUSH", "chat:history", test.ids[0]+" "+test.line) // or the room would think that Redis forgot it
+		if r.do("PUBLISH", "chat", test.line); test.want == "-" {
+			continue // the next row would see it
+		}
+		if e := w.message(); e.data != test.line || test.want == "" && !foreignID.MatchString(e.id) || test.want != "" && e.id != test.want {
+			t.Errorf("%s: got %q under the id %q, want %q", test.name, e.data, e.id, cmp.Or(test.want, "that of a foreign line"))
 		}
 	}
 	for _, channel := range []string{"chat:probe", "chat:history", "chat:key", "chat:id"} {
@@ -3821,12 +3594,10 @@ func TestRefusedTransaction(t *testing.T) {
 	for range 3 {
 		c.Send("PUBLISH", "chat", "x")
 	}
-	c.Send("EXEC")
-	c.Flush()
-	if _, err := receiveExec(c); err == nil || !strings.HasPrefix(err.Error(), "OOM") {
+	if _, err := commit(c); err == nil || !strings.HasPrefix(err.Error(), "OOM") {
 		t.Errorf("a transaction without memory: %v, want OOM", err)
 	}
-	if _, err := results([]any{}, nil, 1); err == nil {
+	if _, err := results([]any{"OK", "QUEUED", []any{}}); err == nil {
 		t.Error("an EXEC without replies is taken for a success")
 	}
 }
@@ -4040,9 +3811,35 @@ func TestImpossibleAnswer(t *testing.T) {
 	if status := newClient(t, p.url).get("/login").status; status != 200 {
 		t.Errorf("the room answers %d, want 200", status)
 	}
-	said := redis.Error("ERR unknown command `AUTH`\x1b[2J, with args beginning with: `hunter2`")
-	if got, want := inWords(said), `"ERR unknown command `+"`AUTH`"+`\x1b[2J"`; got != want {
-		t.Errorf("in the log it is %s, want %s", got, want)
+}
+
+// TestInWords: what the log says of why Redis is away. No answer of a server stands there unquoted.
+func TestInWords(t *testing.T) {
+	read := func(err error) error {
+		return &net.OpError{Op: "read", Net: "tcp", Addr: &net.TCPAddr{Port: 6379}, Source: &net.TCPAddr{Port: 4711}, Err: err}
+	}
+	for _, test := range []struct {
+		err  error
+		want string
+	}{
+		{redis.Error("NOAUTH Authentication required."), `"NOAUTH Authentication required."`},
+		{redis.Error("ERR x\x1b[2J\nfake line, with args beginning with: 'hunter2'"), `"ERR x\x1b[2J\nfake line"`},
+		{redis.Error("ERR unknown command 'SET', with args beginning with: 'chat:key' 'secret'"),
+			`this is a Sentinel, or a Redis without a command that a room needs; name the master, or a proxy that follows it: "ERR unknown command 'SET'"`},
+		{redis.Error("MOVED 1234 10.0.0.1:6379"),
+			`this Redis is a cluster: name the node that has the room, whose keys -channel '{chat}' keeps together: "MOVED 1234 10.0.0.1:6379"`},
+		{redis.Error(strings.Repeat("x", 1000)), `"` + strings.Repeat("x", 200) + `"`},
+		{tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}, "this port speaks no TLS: it wants redis://"},
+		{errors.New("redigo: unexpected response line (possible server error or unsupported concurrent read by application)"),
+			"that is not Redis, or it wants rediss://"},
+		{io.EOF, "it has ended the connection"},
+		{read(syscall.ECONNRESET), "it has ended the connection"},
+		{read(os.ErrDeadlineExceeded), "it does not answer"},
+		{&net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}, "dial tcp: connection refused"},
+	} {
+		if got := inWords(test.err); got != test.want {
+			t.Errorf("%v: got %s, want %s", test.err, got, test.want)
+		}
 	}
 }
 
@@ -4168,25 +3965,35 @@ func TestEnvironment(t *testing.T) {
 
 func TestExitStatus(t *testing.T) {
 	t.Parallel()
+	file := buildBinary(t)
+	info, err := buildinfo.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	version := "chat " + info.Main.Version // as Go has put it into the binary
+	for _, setting := range info.Settings {
+		if setting.Key == "vcs.revision" {
+			version += ", commit " + setting.Value
+		}
+	}
 	for _, test := range []struct {
 		flag           string
 		status         int
 		stdout, stderr string
 	}{
 		{"-h", 0, `(?s)-addr.*-channel.*-history.*-origin.*-rate.*-redis.*-version`, `^$`},
-		{"-version", 0, `^\S.*\n$`, `^$`},
+		{"-version", 0, `^` + regexp.QuoteMeta(version+", "+info.GoVersion) + `\n$`, `^$`},
 		{"-history=no", 2, `^$`, `^\S[^\n]*\n$`},
 		{"-addr=192.0.2.1:1", 1, `^$`, `^\S[^\n]*\n$`},
 	} {
-		cmd := exec.Command(buildBinary(t), test.flag)
+		cmd := exec.Command(file, test.flag)
 		var stdout, stderr bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &stdout, &stderr
 		cmd.Run()
-		if got := cmd.ProcessState.ExitCode(); got != test.status {
-			t.Errorf("chat %s: exit status %d, want %d", test.flag, got, test.status)
-		}
-		if !regexp.MustCompile(test.stdout).MatchString(stdout.String()) || !regexp.MustCompile(test.stderr).MatchString(stderr.String()) {
-			t.Errorf("chat %s prints %q and %q, want %s and %s", test.flag, stdout.String(), stderr.String(), test.stdout, test.stderr)
+		if got := cmd.ProcessState.ExitCode(); got != test.status || !regexp.MustCompile(test.stdout).MatchString(stdout.String()) ||
+			!regexp.MustCompile(test.stderr).MatchString(stderr.String()) {
+			t.Errorf("chat %s: exit status %d, prints %q and %q, want %d, %s and %s", test.flag, got, stdout.String(), stderr.String(),
+				test.status, test.stdout, test.stderr)
 		}
 	}
 }
@@ -4265,29 +4072,6 @@ func TestAloneInAFolder(t *testing.T) {
 	here := time.Now().UTC().Add(5*time.Hour + 45*time.Minute)
 	if late := (here.Unix() - said.Unix()) % (24 * 60 * 60); err != nil || late > 60 {
 		t.Errorf("at %v in Kathmandu it says %q, %v", here, clock, err)
-	}
-}
-
-// The version is the one that Go has put into the binary.
-func TestVersion(t *testing.T) {
-	t.Parallel()
-	file := buildBinary(t)
-	info, err := buildinfo.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	commit := ""
-	for _, setting := range info.Settings {
-		if setting.Key == "vcs.revision" {
-			commit = ", commit " + setting.Value
-		}
-	}
-	got, err := exec.Command(file, "-version").Output()
-	if want := "chat " + info.Main.Version + commit + ", " + info.GoVersion + "\n"; err != nil || string(got) != want {
-		t.Errorf("-version prints %q, %v, want %q", got, err, want)
-	}
-	if !regexp.MustCompile(`^chat \S+(, commit [0-9a-f]{40})?, go1\.\S+( \S+)*\n$`).Match(got) {
-		t.Errorf("-version prints %q, want the version, the commit if there is one, and that of Go", got)
 	}
 }
 
@@ -4375,13 +4159,13 @@ func (r *redisServer) holds(want []string, rooms ...*client) {
 // A fault is a way in which Redis cannot be used until it is mended.
 type fault struct {
 	name   string
+	when   when
 	breaks func(r *redisServer)
 	mends  func(r *redisServer)
 	saves  bool     // Redis, when one message of two has been said
 	loses  bool     // it comes back with less than the rooms hold
 	room   []string // arguments of the rooms
 	url    string   // %s is host and port
-	when   when
 }
 
 type when int
@@ -4392,12 +4176,16 @@ const (
 	both
 )
 
+// does is a fault, or its end, that is one command.
+func does(command string, args ...any) func(r *redisServer) {
+	return func(r *redisServer) { r.do(command, args...) }
+}
+
 // The password in what must not be told is geheim.
 var faults = []fault{
-	{name: "kill -9 and an empty restart", when: both, loses: true,
-		breaks: (*redisServer).kill,
-		mends:  (*redisServer).start},
-	{name: "kill -9 and a restart with its data",
+	{name: "kill -9 and an empty restart", when: both, loses: true, breaks: (*redisServer).kill, mends: (*redisServer).start},
+	{name: "a restart from an older snapshot", loses: true, saves: true, breaks: (*redisServer).kill, mends: (*redisServer).start},
+	{name: "kill -9 and a restart with its data", mends: (*redisServer).start,
 		breaks: func(r *redisServer) {
 			r.do("CONFIG", "SET", "appendfsync", "always", "appendonly", "yes")
 			eventually(r.t, "the data to be on disk", func() bool {
@@ -4406,15 +4194,10 @@ var faults = []fault{
 			})
 			r.kill()
 			r.args = append(r.args, "--appendonly", "yes")
-		},
-		mends: (*redisServer).start},
-	{name: "a restart from an older snapshot", loses: true, saves: true,
-		breaks: (*redisServer).kill,
-		mends:  (*redisServer).start},
+		}},
 	{name: "it stands still",
-		breaks: func(r *redisServer) { r.signal("STOP") },
-		mends:  func(r *redisServer) { r.signal("CONT") }},
-	{name: "a script that does not end",
+		breaks: func(r *redisServer) { r.signal("STOP") }, mends: func(r *redisServer) { r.signal("CONT") }},
+	{name: "a script that does not end", mends: does("SCRIPT", "KILL"),
 		breaks: func(r *redisServer) {
 			r.do("CONFIG", "SET", "busy-reply-threshold", "100")
 			go r.try("EVAL", "while true do end", 0)
@@ -4422,53 +4205,30 @@ var faults = []fault{
 				_, err := r.try("PING")
 				return err != nil
 			})
-		},
-		mends: func(r *redisServer) { r.do("SCRIPT", "KILL") }},
-	{name: "writes are paused, as before a failover",
-		breaks: func(r *redisServer) { r.do("CLIENT", "PAUSE", 60000, "WRITE") },
-		mends:  func(r *redisServer) { r.do("CLIENT", "UNPAUSE") }},
-	{name: "the list is a string (WRONGTYPE)", when: both, loses: true,
-		breaks: func(r *redisServer) { r.do("SET", "chat:history", "x") },
-		mends:  func(r *redisServer) { r.do("DEL", "chat:history") }},
+		}},
+	{name: "writes are paused, as before a failover", breaks: does("CLIENT", "PAUSE", 60000, "WRITE"), mends: does("CLIENT", "UNPAUSE")},
+	{name: "the list is a string (WRONGTYPE)", when: both, loses: true, breaks: does("SET", "chat:history", "x"), mends: does("DEL", "chat:history")},
 	{name: "no memory left (OOM)",
-		breaks: func(r *redisServer) { r.do("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1") },
-		mends:  func(r *redisServer) { r.do("CONFIG", "SET", "maxmemory", "0") }},
+		breaks: does("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1"), mends: does("CONFIG", "SET", "maxmemory", "0")},
 	{name: "no memory left (OOM), with a key that is not in Redis", room: []string{"CHAT_KEY=one of our own"},
-		breaks: func(r *redisServer) { r.do("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1") },
-		mends:  func(r *redisServer) { r.do("CONFIG", "SET", "maxmemory", "0") }},
+		breaks: does("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1"), mends: does("CONFIG", "SET", "maxmemory", "0")},
 	{name: "a replica that lost its primary and still answers PING (READONLY)", when: both,
-		breaks: func(r *redisServer) { r.do("REPLICAOF", "127.0.0.1", "1") },
-		mends:  func(r *redisServer) { r.do("REPLICAOF", "NO", "ONE") }},
+		breaks: does("REPLICAOF", "127.0.0.1", "1"), mends: does("REPLICAOF", "NO", "ONE")},
 	{name: "another password, and everybody out",
-		breaks: func(r *redisServer) {
-			r.do("CONFIG", "SET", "requirepass", "geheim")
-			r.password = "geheim"
-			r.cut()
-		},
-		mends: func(r *redisServer) { r.do("CONFIG", "SET", "requirepass", ""); r.password = "" }},
+		breaks: func(r *redisServer) { r.lock("geheim"); r.cut() }, mends: func(r *redisServer) { r.lock("") }},
 	{name: "a wrong password", when: starting, url: "redis://:geheim@%s",
-		breaks: func(r *redisServer) { r.do("CONFIG", "SET", "requirepass", "other"); r.password = "other" },
-		mends:  func(r *redisServer) { r.do("CONFIG", "SET", "requirepass", "geheim") }},
+		breaks: func(r *redisServer) { r.lock("other") }, mends: func(r *redisServer) { r.lock("geheim") }},
 	{name: "a missing password", when: starting,
-		breaks: func(r *redisServer) { r.do("CONFIG", "SET", "requirepass", "geheim"); r.password = "geheim" },
-		mends:  func(r *redisServer) { r.do("CONFIG", "SET", "requirepass", "") }},
+		breaks: func(r *redisServer) { r.lock("geheim") }, mends: func(r *redisServer) { r.lock("") }},
 	{name: "the channel is forbidden (ACL)",
-		breaks: func(r *redisServer) { r.do("ACL", "SETUSER", "default", "resetchannels") },
-		mends:  func(r *redisServer) { r.do("ACL", "SETUSER", "default", "allchannels") }},
-	{name: "a user who may not use the channel", when: starting, url: "redis://teacher:geheim@%s",
-		breaks: func(r *redisServer) {
-			r.do("ACL", "SETUSER", "teacher", "on", ">geheim", "allkeys", "allcommands", "resetchannels", "&chat")
-		},
-		mends: func(r *redisServer) { r.do("ACL", "SETUSER", "teacher", "&chat:*") }},
+		breaks: does("ACL", "SETUSER", "default", "resetchannels"), mends: does("ACL", "SETUSER", "default", "allchannels")},
 	{name: "the list is forbidden (ACL)",
-		breaks: func(r *redisServer) { r.do("ACL", "SETUSER", "default", "resetkeys") },
-		mends:  func(r *redisServer) { r.do("ACL", "SETUSER", "default", "allkeys") }},
-	{name: "the key is a list", when: starting,
-		breaks: func(r *redisServer) { r.do("RPUSH", "chat:key", "x") },
-		mends:  func(r *redisServer) { r.do("DEL", "chat:key") }},
-	{name: "the key is empty", when: starting,
-		breaks: func(r *redisServer) { r.do("SET", "chat:key", "") },
-		mends:  func(r *redisServer) { r.do("DEL", "chat:key") }},
+		breaks: does("ACL", "SETUSER", "default", "resetkeys"), mends: does("ACL", "SETUSER", "default", "allkeys")},
+	{name: "a user who may not use the channel", when: starting, url: "redis://teacher:geheim@%s",
+		breaks: does("ACL", "SETUSER", "teacher", "on", ">geheim", "allkeys", "allcommands", "resetchannels", "&chat"),
+		mends:  does("ACL", "SETUSER", "teacher", "&chat:*")},
+	{name: "the key is a list", when: starting, breaks: does("RPUSH", "chat:key", "x"), mends: does("DEL", "chat:key")},
+	{name: "the key is empty", when: starting, breaks: does("SET", "chat:key", ""), mends: does("DEL", "chat:key")},
 }
 
 func TestRedisAway(t *testing.T) {
@@ -5578,14 +5338,25 @@ func (p *modelProcess) die() {
 	}
 }
 
-// cut ends the connections. What was sent may still be run.
+// cut ends the connections. What was sent may still be run; what the subscription had not read yet
+// is dead if nobody else has it.
 func (p *modelProcess) cut() {
+	unread := p.queue
 	p.stay++
 	p.subscribed, p.queue, p.f, p.follows, p.items = false, nil, nil, false, nil
 	if p.room != nil {
 		p.room.broker.setAway(errForgot)
 	}
 	p.pending = slices.DeleteFunc(p.pending, func(modelCommand) bool { return p.IntN(2) == 0 })
+	if p.keeps || len(unread) == 0 {
+		return
+	}
+	held := p.held()
+	for _, msg := range unread {
+		if key := keyOf(msg[1]); msg[0] == "chat:id" && !held[key] {
+			p.dead[key] = true
+		}
+	}
 }
 
 func (p *modelProcess) step(faults bool) {
@@ -5617,11 +5388,13 @@ func (p *modelProcess) readList() {
 	p.room.broker.depart()
 	list, raw := p.parsed(), len(p.list)
 	p.publish("chat:probe", p.f.word)
-	if p.f.take(list, raw) {
+	log, lost := p.f.merge(list)
+	if lost == nil {
+		p.f.begin(log, p.f.word, raw, len(list) >= p.size)
 		p.follows, p.underWay = true, true
 		return
 	}
-	p.log, p.items = p.f.restore(p.parsed()) // under WATCH
+	p.log, p.items = p.f.merge(p.parsed()) // under WATCH
 	p.watched = p.version
 	if p.keeps {
 		p.fail("the list is written though Redis forgot nothing")
@@ -5649,9 +5422,11 @@ func (p *modelProcess) writeList(faults bool) {
 	p.follows, p.underWay, p.items = true, true, nil
 }
 
+// follow reads some of what came, and begins a round trip often enough for the ring: a Redis that
+// forgot while a process lags shows only until the list is full again.
 func (p *modelProcess) follow() {
 	b := p.room.broker
-	if !p.underWay && (len(b.asking) > 0 || p.IntN(20) == 0) {
+	if !p.underWay && (len(b.asking) > 0 || p.IntN(2+p.size/4) == 0) {
 		least := p.f.least()
 		b.depart()
 		p.trim()
@@ -6942,6 +6717,9 @@ type browser struct {
 // startBrowser starts chromedriver and a Chromium of its own.
 func startBrowser(t *testing.T, args ...string) *browser {
 	t.Helper()
+	if testing.Short() && t.Name() != "TestPageTwoPeople" {
+		t.Skip("takes a browser; one look is enough")
+	}
 	need(t, "chromium", "apt-get install chromium")
 	need(t, "chromedriver", "apt-get install chromium-driver")
 	addr, driver := serve(t, func(addr string) *exec.Cmd {
@@ -7141,13 +6919,13 @@ func (b *browser) hasText(text string) {
 // A check is what must become true on the page: a sentence, and a JS expression for it.
 type check struct{ what, js string }
 
-// checks reports every check that is not true within three seconds.
+// checks reports every check that is not true within ten seconds, which is long also on a busy machine.
 func (b *browser) checks(list ...check) {
 	b.t.Helper()
 	for _, c := range list {
 		var got struct{ Value any }
 		script := map[string]any{"script": "return !!(" + c.js + ")", "args": []any{}}
-		for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 			err := try(b, "POST", "/execute/sync", script, &got)
 			if err == nil && got.Value == true {
 				break
@@ -7363,6 +7141,9 @@ func TestPageText(t *testing.T) {
 	b.checks(check{"a foreign line is text without an author", "!$('#log .row:last-child .who')"})
 	p.send(frame(id(), "[10:00:00] שרה: שלום everybody"))
 	b.hasText("שלום everybody")
+	p.send(frame(id(), "[10:00:00] שרה: שלום `a = 1` https://example.com/a?b=1"))
+	b.wait("code and a link in it", "$('#log .row:last-child code') && $('#log .row:last-child a')")
+	b.checks(check{"code and links go from left to right in any text, and turn nothing around them", "['code', 'a'].every((css) => (s => s.direction === 'ltr' && s.unicodeBidi === 'isolate')(getComputedStyle($('#log .row:last-child ' + css))))"})
 	b.checks(check{"a text has its own direction", "getComputedStyle($('#log .row:last-child .text')).direction === 'rtl' && getComputedStyle($('#log .row:last-child')).direction === 'ltr'"})
 	p.send(gapAndPing)
 	b.checks(check{"a gap is a line", "$('#log .gap') && $('#log .gap').textContent === 'Messages may be missing here'"})
@@ -7444,7 +7225,7 @@ func TestPageHostileTexts(t *testing.T) {
 			check{c.what + " is folded", "$$('.more').length === $$('#log .row').length || $('#log .text').textContent.length < 500"},
 			check{c.what + " has at most 81 pieces, none of them empty", "$$('#log .text').every((n) => n.childNodes.length <= 82 && [...n.childNodes].every((c) => c.textContent || c.localName === 'span'))"},
 			check{c.what + ": no more is laid out than what is seen, or little", "$('#log .text').scrollHeight <= 1.6 * $('#log .text').clientHeight"},
-			check{c.what + " stays inside its row", "$('#log .row').getBoundingClientRect().height < 500 && /clip|hidden/.test(getComputedStyle($('#log .text')).overflowY)"},
+			check{c.what + " stays inside its row", "$('#log .row').getBoundingClientRect().height < 500 && (/clip|hidden/.test(getComputedStyle($('#log .text')).overflowY) || $('#log .text').scrollHeight <= $('#log .text').clientHeight)"},
 		)
 	}
 }
@@ -8317,7 +8098,7 @@ func TestPageScroll(t *testing.T) {
 	for i := range 250 {
 		p.send(frame(id(), fmt.Sprintf("[11:00:00] %s: a message at fifty a second, number %d", []string{"Ada", "李雷", "小红"}[i%3], i)))
 		time.Sleep(20 * time.Millisecond)
-		if i == 200 {
+		if i >= 100 && i%30 == 0 && live != "off" {
 			live = js[any](b, "return $('#log').getAttribute('aria-live')")
 		}
 	}
@@ -8455,10 +8236,10 @@ func TestPageDays(t *testing.T) {
 	js[any](b, "hide(false)")
 	b.hasText("unseen later")
 	b.checks(check{"there is one such line", "$$('[data-new]').length === 1 && row('unseen later').dataset.new"})
-	b.checks(check{"one of a group has its time when it is looked for", "getComputedStyle(row('later').querySelector('time')).opacity === '0'"})
+	b.checks(check{"one of a group has its time when it is looked for", "row('later').querySelector('time').getBoundingClientRect().right < 0"})
 	r := js[[]float64](b, "row('later').scrollIntoView(); const r = row('later').querySelector('.text').getBoundingClientRect(); return [r.left + 5, r.top + 5]")
 	b.cdp("Input.dispatchMouseEvent", map[string]any{"type": "mouseMoved", "x": r[0], "y": r[1]})
-	b.checks(check{"under the mouse", "getComputedStyle(row('later').querySelector('time')).opacity === '1' && row('later').querySelector('time').textContent === '23:59'"})
+	b.checks(check{"under the mouse", "row('later').querySelector('time').getBoundingClientRect().left >= 0 && row('later').querySelector('time').textContent === '23:59'"})
 }
 
 // The session is over: the room was in memory, and has been started anew.
@@ -8720,7 +8501,7 @@ func (b *browser) widths(page string) {
 					wrong.push('cut off: ' + node.data.trim().slice(0, 20));
 			}
 			for (const node of $$('button, nav a, input, textarea').filter(seen))
-				if (node.getBoundingClientRect().height < 44) wrong.push('not 44 px: ' + node.outerHTML.slice(0, 60));
+				if (node.getBoundingClientRect().height < 43.99) wrong.push('not 44 px but ' + node.getBoundingClientRect().height + ': ' + node.outerHTML.slice(0, 60));
 			for (const node of $$('input, textarea, #log .text'))
 				if (parseFloat(getComputedStyle(node).fontSize) < 16) wrong.push('under 16 px: ' + node.outerHTML.slice(0, 40));
 			for (const node of $$('#log .row')) if (node.clientWidth > 760) wrong.push('a line of ' + node.clientWidth + ' px');
@@ -9381,7 +9162,7 @@ func TestLessonLooks(t *testing.T) {
 		)
 		before := js[int](b, "return $('main').offsetHeight")
 		newClient(t, room.url).say(strings.Repeat("\n", 1000) + strings.Repeat("界\n", 1400) + "end")
-		b.wait("many lines", "raw('#answer').some((line) => line.includes('…'))")
+		b.wait("many lines", "raw('#answer').some((line) => line.includes('…')) && $('#line').textContent.endsWith('…\"')")
 		if after := js[int](b, "return $('main').offsetHeight"); after > before+700 {
 			t.Errorf("thousands of lines make the lesson %d px high instead of %d", after, before)
 		}
@@ -10216,8 +9997,8 @@ func TestWebSocketInTime(t *testing.T) {
 					if stops {
 						s.shutdown(srv)
 						took := time.Since(start)
-						if synctest.Wait(); took != test.stops || s.conns.Load() != 0 || len(s.streams) != 0 {
-							t.Errorf("it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), len(s.streams), test.stops)
+						if synctest.Wait(); took != test.stops || s.conns.Load() != 0 || s.streams != 0 {
+							t.Errorf("it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), s.streams, test.stops)
 						}
 						return
 					}
@@ -11173,7 +10954,7 @@ func TestProcessesBehindNginx(t *testing.T) {
 	for _, item := range items {
 		keys[nameOf(item)] = true
 	}
-	if len(keys) != 4 || len(items) == 4 {
+	if len(keys) != 4 { // in more items, if a second attempt came before the first one was heard
 		t.Errorf("4 posts, some of them sent twice, are %d messages in %d items", len(keys), len(items))
 	}
 
@@ -11497,6 +11278,7 @@ func TestDocumentsAgree(t *testing.T) {
 		{"README.md", readme, fmt.Sprintf("Every %d s each process sends a word", syncEvery/time.Second)},
 		{"running.md", running, fmt.Sprintf("the newest %d entries, of which %d are the history", listSize(ringSize), ringSize)},
 		{"running.md", running, fmt.Sprintf("a word of each process every %d s", syncEvery/time.Second)},
+		{"running.md", running, fmt.Sprintf("drops both %d days after the last process", int(keptFor.Hours())/24)},
 		{"running.md", running, fmt.Sprintf("come back within %s seconds", words[retryHigh/1000])},
 		{"README.md", readme, fmt.Sprintf("A `ping` every %d s", heartbeat/time.Second)},
 		{"the manual", manual, fmt.Sprintf("at most %d (default", ringSize)},

@@ -2,10 +2,10 @@
 /* The chat page. How to read it:
 
      The page itself is chat.html: every node has its place there, and the pieces that are copied
-     are in <template>s. Its looks are chat.css. The script moves text between nodes and sets
-     data-state and the like; it never makes markup out of text, so nothing that anybody writes
-     can be more than text. Four parts have files of their own: stream.js brings the events,
-     outbox.js sends, keys.js says which message is which and whose, text.js what is code and a link.
+     are in <template>s. The script moves text between nodes and sets data-state and the like; it
+     never makes markup out of text, so nothing that anybody writes can be more than text.
+     stream.js brings the events, outbox.js sends, keys.js says which message is which and whose,
+     text.js what is code and a link.
 
      receiving    arrive → inbox.queue → inbox.flush: events wait in a queue, and are put into the
                   page at most ten times a second
@@ -17,8 +17,7 @@
      sending      submit → outbox: the message stands under the log until it comes back
      composing    the field: keys, counter, draft
 
-   Each part is an object that holds what it has to remember, below its constants; the functions
-   beside it are those that need no memory. */
+   A part that has to remember something is an object, which holds it. */
 import { connect } from './stream.js';
 import { forget, isOurs, keyOf, logIn } from './keys.js';
 import { Outbox } from './outbox.js';
@@ -70,7 +69,8 @@ function element(tag, text) {
 
 /** @param {any} node @param {string} events @param {(e: any) => void} f */
 function on(node, events, f) {
-  for (const event of events.split(' ')) node.addEventListener(event, f, { passive: /scroll|wheel|touch/.test(event) });
+  const passive = /scroll|wheel|touch/.test(events);
+  for (const event of events.split(' ')) node.addEventListener(event, f, { passive });
 }
 
 /** A copy of a template's node. @param {string} id @returns {any} */
@@ -115,9 +115,9 @@ const inbox = {
   /** When the last ten came. @type {number[]} */
   times: [],
   backlog: true,                    // until the backlog is complete
-  isCalm: false,                    // few rows come at once: they may be seen to come
+  isCalm: false,                    // few messages come: they may be seen to come
   unread: 0,                        // messages that came while the tab was hidden …
-  firstUnread: '',                  // … and the key of the first of them
+  firstUnread: '',                  // … the first one's key
   /** Rows of letters that have arrived, to go when the message itself is put in. @type {any[]} */
   arrived: [],
 
@@ -153,14 +153,15 @@ const inbox = {
     this.queue = [];
     if (fresh.length >= list.room()) list.clear(); // more than fits: nothing older can stay
     this.announce(fresh.length);
-    this.isCalm = !this.backlog && fresh.length < 4;
+    this.isCalm = !this.backlog && this.times.length < 4;
     for (const e of batch) history.put(e);
     if (this.firstUnread) list.markNew(this.firstUnread);
     this.firstUnread = '';
     for (const node of this.arrived.splice(0)) node.remove();
     list.trim();
     folds.measure();
-    if (!this.backlog) showEmpty();
+    empty.hidden = this.backlog || list.count > 0;
+    if (!this.backlog) setTimeout(() => log.setAttribute('aria-busy', 'false'));
     view.grown(fresh.filter((e) => !isOurs(e.key)).length);
   },
 };
@@ -208,11 +209,6 @@ const history = {
     this.loose = null;
   },
 };
-
-function showEmpty() {
-  empty.hidden = list.count > 0;
-  setTimeout(() => log.setAttribute('aria-busy', 'false'));
-}
 
 /** The count in the title, and an icon that can be told from the usual one. @param {number} unread */
 function badge(unread) {
@@ -337,6 +333,7 @@ function fill(node, text) {
   const lines = text.split('\n').length, isLong = length(text) > CHARS || lines > LINES;
   const all = pieces(isLong ? text.slice(0, CHARS) : text);
   node.parentElement?.classList.toggle('broad', text.length > CHARS / 2 || all.some((p) => p.kind === 'block'));
+  node.parentElement?.classList.toggle('marked', /\p{M}{3}/u.test(text));
   node.append(render(isLong ? cut(all, ...SHOWN)[0] : all));
   if (isLong) folds.fold(node, text, lines > LINES ? say('show_all', lines) : T.show_rest);
   else if (text.length > CHARS / 6 || lines > LINES / 3) folds.unsure.push(node);
@@ -529,11 +526,11 @@ new ResizeObserver(() => {
 
 on(log, 'scroll', () => view.look());
 on(log, 'wheel', (e) => e.deltaY < 0 && view.letGo());
-on(log, 'pointerdown touchstart', (e) => {
-  view.isHeld = e.target !== log || !(e.offsetX >= log.clientWidth); // the end of a drag on the scroll bar is not told
+on(log, 'pointerdown touchstart', (e) => { // the end of a drag on the scroll bar is not told
+  view.isHeld = e.target !== log || !(e.offsetX >= log.clientWidth);
 });
 on(window, 'touchend touchcancel', (e) => e.touches.length || view.release());
-on(window, 'pointerup', () => view.release());
+on(window, 'pointerup pointercancel', (e) => e.pointerType === 'touch' || view.release()); // a touch has ends of its own
 on(window, 'pointermove', (e) => view.isHeld && e.pointerType === 'mouse' && !e.buttons && view.release());
 on(document, 'selectionchange', () => view.isHeld || view.release());
 on(pill, 'click', () => view.follow());

@@ -399,7 +399,7 @@ function showCommands({ lastEventId: id, data }) {
 const short = (text) => (text.length > WIRE_CHARS ? `${text.slice(0, WIRE_CHARS)}…` : text);
 
 /** As redis-cli wants it. A line break is U+2028 in Redis. @param {string} text */
-const quote = (text) => `"${short(text).replace(/["\\]/g, '\\$&').replace(/\n/g, '\\xe2\\x80\\xa8')}"`;
+const quote = (text) => `"${short(text.replace(/["\\]/g, '\\$&').replace(/\n/g, '\\xe2\\x80\\xa8'))}"`;
 
 /** At most one look a second. */
 async function showWire() {
