@@ -9919,6 +9919,7 @@ func TestWebSocketAtTheEnd(t *testing.T) {
 			if got := p.word(); got != "end" {
 				t.Errorf("then comes %q, want the end", got)
 			}
+			p.conn.Close()
 		})
 	}
 	start := time.Now()
