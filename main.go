@@ -2273,7 +2273,7 @@ func reply(status int, said string, wait time.Duration) []byte {
 // Write writes events. With the ping of a silence goes one that the peer's library answers. Nothing
 // is heard before the first event is out, so no reply comes before retry:.
 func (ws *webSocket) Write(b []byte) (int, error) {
-	frames, op := slices.Grow(ws.head, min(len(b), pieceSize)+16), byte(opText)
+	frames, op := slices.Grow(ws.head, min(len(b)+len(b)/16, pieceSize)+16), byte(opText)
 	for event := range bytes.SplitAfterSeq(b, []byte("\n\n")) {
 		if len(frames) > 0 && len(frames)+len(event) > pieceSize {
 			ws.put(frames, opText)
@@ -2384,8 +2384,8 @@ func echo(data []byte) []byte {
 }
 
 // readFrame reads a client's frame and says whether it is the last of its message, which has room
-// for so many bytes; more says that one has begun. What may not be is returned as a close frame that
-// says so. Memory is taken for what comes, not for what is announced.
+// for so many bytes; more says that one has begun. What may not be is returned as a close frame
+// that says so. Memory is taken for what comes, not for what is announced.
 func readFrame(r io.Reader, room int, more bool) (op byte, last bool, data []byte, err error) {
 	head := make([]byte, 14)
 	if _, err = io.ReadFull(r, head[:2]); err != nil {
