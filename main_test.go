@@ -9619,6 +9619,7 @@ func TestWebSocketFrames(t *testing.T) {
 
 		{"a close without a code", masked(0x88, ""), "close", nil},
 		{"a close of one byte", masked(0x88, "\x03"), "close 1002", nil},
+		{"a close of one byte, which could begin a code", masked(0x88, "\x0c"), "close 1002", nil},
 		{"a close with a reason", closes(1000, "bye 再见"), "close 1000", nil},
 		{"a reason of 123 bytes", closes(1000, strings.Repeat("r", 123)), "close 1000", nil},
 		{"a reason of 124 bytes", closes(1000, strings.Repeat("r", 124)), "close 1002", nil},
