@@ -44,6 +44,9 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	                     Last-Event-ID (or ?after=): just what follows it, from any process.
 	                     ?wait=25s ends after the first messages, or 25 s (long polling; at most
 	                     a minute); ?wait=0 ends at once (polling)
+	GET  /ws             the same events as on /stream through a WebSocket, each a text message. One
+	                     that comes in is a post: data: lines, and id: if it has a key. The answer
+	                     is event: reply, with status and id, or reason and retryAfter, in JSON
 	GET  /lesson         the three ways to receive, side by side
 	GET  /healthz        200 ok, or 503 and why
 	GET  /metrics        numbers for a Prometheus on this machine; 404 to others
@@ -89,9 +92,10 @@ of the login, the name (base64url) and a MAC over these, between dots. It is sig
 
 The file is told from the outside in: start (run, configure), the room and its Log, frames and
 cleaning (encode, clean), sessions (signer), limits (limiter), the server and its handlers (server,
-take), the stream (stream.run), and last Redis (reconcile, broker, feed). The idea is in Log: an
-entry is encoded once, readers are positions in one ring, and an id names an entry, so whoever has
-its key drops a copy. The room in memory can be understood without the broker.
+take), the stream (stream.run) and its way through a WebSocket (handshake, readFrame), and last
+Redis (reconcile, broker, feed). The idea is in Log: an entry is encoded once, readers are positions
+in one ring, and an id names an entry, so whoever has its key drops a copy. The room in memory can
+be understood without the broker.
 */
 package main
 
@@ -101,6 +105,7 @@ import (
 	"context"
 	"crypto/hmac"
 	"crypto/rand"
+	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/tls"
 	"embed"
@@ -141,11 +146,12 @@ import (
 const (
 	ringSize   = 4096     // entries of the log, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
+	pieceSize  = 4 << 10  // bytes of WebSocket frames, which each reader has for itself
 	maxName    = 24       // code points of a name
 	maxMarks   = 3        // marks in a row in a name, on one letter
 	maxMessage = 4000     // code points of a message
 	maxLine    = 4100     // code points of a line from Redis; time, name and message fit
-	maxBody    = 64 << 10 // bytes of a form
+	maxBody    = 64 << 10 // bytes of a form, and of a message through a WebSocket
 	maxHeader  = 16 << 10 // bytes of a request's header
 
 	postBurst  = 10  // messages of one sender at once; then -rate a second
@@ -166,6 +172,8 @@ const (
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
 	readBuffer   = 4 << 10                // bytes it takes from a reader, who has nothing to say
+	pongTimeout  = 45 * time.Second       // for a WebSocket's peer to send anything after a ping,
+	closeTimeout = 2 * time.Second        // and to close its side behind ours
 	askTimeout   = 2 * time.Second        // that a poll waits at least for its place to be known
 	maxWait      = time.Minute            // longest ?wait=
 	maxPoll      = 64 << 10               // bytes after which a long poll ends, too
@@ -1379,6 +1387,7 @@ func (s *server) routes() *http.ServeMux {
 	mux.HandleFunc("POST /logout", s.sameOrigin(s.logout))
 	mux.HandleFunc("POST /post", s.sameOrigin(s.post))
 	mux.HandleFunc("GET /stream", s.stream)
+	mux.HandleFunc("GET /ws", s.handshake)
 	mux.HandleFunc("GET /lesson", s.lesson)
 	mux.HandleFunc("GET /healthz", s.healthz)
 	mux.HandleFunc("GET /metrics", s.metrics)
@@ -2004,7 +2013,7 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 		unavailable(w, "too many streams")
 		return
 	}
-	conn, _, err := http.NewResponseController(w).Hijack()
+	conn, came, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		s.endStream()
 		s.logf("taking over a connection: %v", err)
@@ -2016,12 +2025,17 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	head := bytes.NewBufferString("HTTP/1.1 " + status + "\r\n")
 	w.Header().Write(head)
 	head.WriteString("\r\n")
-	st.conn, st.head = conn, head.Bytes()
+	if ws, ok := st.conn.(*webSocket); ok {
+		early, _ := came.Peek(came.Reader.Buffered())
+		ws.Conn, ws.in, ws.head = conn, io.MultiReader(bytes.NewReader(early), conn), head.Bytes()
+	} else {
+		st.conn, st.head = conn, head.Bytes()
+	}
 	release := context.AfterFunc(s.cut, func() { conn.Close() })
 	go func() {
 		st.run()
+		st.conn.Close()
 		release()
-		conn.Close()
 		s.conns.Add(-1) // net/http does not tell the end of a connection that was taken over
 		s.endStream()
 	}()
@@ -2050,17 +2064,18 @@ func (s *server) endStream() {
 // A stream is one reader on its connection. After takeOver only its goroutine has it.
 type stream struct {
 	room  *room
-	conn  net.Conn
-	head  []byte // of the answer, until it is written with the first event
-	poll  bool   // the answer ends when there was something, or after wait
+	conn  net.Conn // a webSocket, or that which net/http had
+	head  []byte   // of the answer, until it is written with the first event
+	poll  bool     // the answer ends when there was something, or after wait
 	wait  time.Duration
 	at    cursor
 	renew time.Time // when the connection's write deadline is to be set anew
 }
 
-// run writes events until the reader is gone, its time is over, or the log is closed. Nothing reads
-// the connection: that the reader is gone shows at a later write. If it vanished without a word,
-// that takes as long as the kernel tries to send what it has, in a quiet room a quarter of an hour.
+// run writes events until the reader is gone, its time is over, or the log is closed. But for a
+// WebSocket nothing reads the connection: that the reader is gone shows at a later write. If it
+// vanished without a word, that takes as long as the kernel tries to send what it has, in a quiet
+// room a quarter of an hour.
 func (st *stream) run() {
 	end := st.begin()
 	waits, greeted := false, false // told to wait; told with a ping that it is up to date
@@ -2109,8 +2124,11 @@ func (st *stream) run() {
 }
 
 // begin puts the line with the time to come back under the head, and returns the channel that tells
-// when a poll is over; nil, and so never, for a stream.
+// when a poll is over, or the peer of a WebSocket gone; nil, and so never, for a stream.
 func (st *stream) begin() (end <-chan time.Time) {
+	if ws, ok := st.conn.(*webSocket); ok {
+		end = ws.gone
+	}
 	low, high := retryLow, retryHigh
 	if st.poll {
 		low, high = pollRetry, pollRetry
@@ -2152,6 +2170,283 @@ func (st *stream) write(b []byte) bool {
 	}
 	_, err := st.conn.Write(b)
 	return err == nil
+}
+
+// A webSocket (RFC 6455) is another way to put a stream on the wire: each event goes out as a text
+// message, its bytes the same. And a text message that comes in is a post.
+type webSocket struct {
+	net.Conn
+	in      io.Reader                // what came with the handshake, then the connection
+	head    []byte                   // of the answer, until it is written with the first event
+	take    func(text string) []byte // posts, and returns what to reply
+	gone    chan time.Time           // closed when nothing more comes from the peer
+	awaited atomic.Bool              // there was a ping, and nothing came since
+
+	mu     sync.Mutex // guards closed, and writing
+	closed bool       // nothing goes out any more: there was a close frame, or a write broke off
+}
+
+const opMore, opText, opBinary, opClose, opPing, opPong = 0, 1, 2, 8, 9, 10 // section 5.2
+
+// What a close frame holds that says why (section 7.4.1).
+const (
+	goingAway = "\x03\xe9" // 1001: the process ends
+	forbidden = "\x03\xea" // 1002: not RFC 6455
+	notText   = "\x03\xeb" // 1003
+	notUTF8   = "\x03\xef" // 1007
+	tooLong   = "\x03\xf1" // 1009
+)
+
+// handshake changes to WebSocket, and then answers as stream does. A browser sends its cookies with
+// any site's WebSocket, but an Origin too, so that is checked as if this were a POST.
+func (s *server) handshake(w http.ResponseWriter, r *http.Request) {
+	has := func(name, word string) bool {
+		words := strings.ToLower(strings.Join(r.Header[name], " "))
+		return slices.Contains(strings.Fields(strings.ReplaceAll(words, ",", " ")), word)
+	}
+	h, key := w.Header(), r.Header.Get("Sec-Websocket-Key")
+	random, err := base64.StdEncoding.DecodeString(key)
+	switch {
+	case r.Method != http.MethodGet || !r.ProtoAtLeast(1, 1) || !has("Upgrade", "websocket"),
+		r.Header.Get("Sec-Websocket-Version") != "13":
+		h.Set("Upgrade", "websocket")
+		h.Set("Connection", "Upgrade")
+		h.Set("Sec-Websocket-Version", "13")
+		http.Error(w, "want a WebSocket, version 13", http.StatusUpgradeRequired)
+	case err != nil || len(random) != 16 || !has("Connection", "upgrade"):
+		why := "want Connection: Upgrade and a Sec-WebSocket-Key of 16 bytes"
+		http.Error(w, why, http.StatusBadRequest)
+	default:
+		post := &http.Request{Method: http.MethodPost, URL: r.URL, Host: r.Host,
+			Header: http.Header{"Origin": r.Header["Origin"]}}
+		s.sameOrigin(func(http.ResponseWriter, *http.Request) { s.upgrade(w, r, key) })(w, post)
+	}
+}
+
+// upgrade is the rest of handshake. Of the request it keeps the cookies alone, since a whole one
+// takes the memory of another reader; they are verified at each post.
+func (s *server) upgrade(w http.ResponseWriter, r *http.Request, key string) {
+	if _, ok := s.admit(w, r, false); !ok {
+		return
+	}
+	st, err := s.newStream(r)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	from, cookies := address(r), http.Header{"Cookie": slices.Clone(r.Header["Cookie"])}
+	take := func(event string) []byte {
+		sess, who := s.identify(&http.Request{Header: cookies})
+		key, text, ok := parsePost(event)
+		switch {
+		case who == pending:
+			return reply(http.StatusServiceUnavailable, cannotTell, soon())
+		case who == invalid:
+			return reply(http.StatusUnauthorized, "log in first", 0)
+		case !ok:
+			return reply(http.StatusBadRequest, "want data: lines, and at most one id: line", 0)
+		}
+		return reply(s.take(s.cut, sess, from, key, text))
+	}
+	st.poll, st.conn = false, &webSocket{take: take, gone: make(chan time.Time)}
+	accept := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	s.takeOver(w, st, "101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
+		"Sec-WebSocket-Accept: "+base64.StdEncoding.EncodeToString(accept[:]))
+}
+
+// parsePost takes a post apart: an event of data: lines and, if it has a key, an id: line.
+func parsePost(event string) (key, text string, ok bool) {
+	var keys, lines []string
+	event = strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(event)
+	for line := range strings.SplitSeq(strings.TrimRight(event, "\n"), "\n") {
+		field, value, colon := strings.Cut(line, ":")
+		value = strings.TrimPrefix(value, " ")
+		switch {
+		case colon && field == "data":
+			lines = append(lines, value)
+		case colon && field == "id" && keys == nil:
+			keys = append(keys, value)
+		default:
+			return "", "", false
+		}
+	}
+	return append(keys, rand.Text())[0], strings.Join(lines, "\n"), true
+}
+
+// reply is the event that tells the outcome of a post.
+func reply(status int, said string, wait time.Duration) []byte {
+	what := map[bool]string{true: "id", false: "reason"}[status == http.StatusNoContent]
+	text, _ := json.Marshal(said)
+	if wait > 0 {
+		text = fmt.Appendf(text, `,"retryAfter":%.0f`, math.Ceil(wait.Seconds()))
+	}
+	return fmt.Appendf(nil, "event: reply\ndata: {\"status\":%d,%q:%s}\n\n", status, what, text)
+}
+
+// Write writes events. With the ping of a silence goes one that the peer's library answers. Nothing
+// is heard before the first event is out, so no reply comes before retry:.
+func (ws *webSocket) Write(b []byte) (int, error) {
+	frames, op := slices.Grow(ws.head, min(len(b)+len(b)/16, pieceSize)+16), byte(opText)
+	for event := range bytes.SplitAfterSeq(b, []byte("\n\n")) {
+		if len(frames) > 0 && len(frames)+len(event) > pieceSize {
+			ws.put(frames, opText)
+			frames = frames[:0]
+		}
+		if len(event) > 0 {
+			frames = appendFrame(frames, opText, event)
+		}
+	}
+	if bytes.Equal(b, pingFrame) {
+		frames, op = appendFrame(frames, opPing, nil), opPing
+	}
+	err := ws.put(frames, op)
+	if ws.head != nil {
+		ws.head = nil
+		go ws.listen()
+	}
+	return len(b), err
+}
+
+// put writes whole frames; op is that of the last one. Behind a close frame nothing goes out, but
+// the peer may close its side: who closes both at once may destroy what is still on its way.
+func (ws *webSocket) put(frames []byte, op byte) error {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if ws.closed {
+		return net.ErrClosed
+	}
+	if op == opPing && !ws.awaited.Swap(true) {
+		ws.SetReadDeadline(time.Now().Add(pongTimeout))
+	}
+	_, err := ws.Conn.Write(frames)
+	ws.closed = err != nil || op == opClose
+	if err != nil { // perhaps within a frame
+		ws.Conn.Close()
+	} else if op == opClose {
+		ws.awaited.Store(false)
+		ws.SetReadDeadline(time.Now().Add(closeTimeout))
+		if tcp, ok := ws.Conn.(*net.TCPConn); ok {
+			tcp.CloseWrite()
+		}
+	}
+	return err
+}
+
+// Close says that the process ends, if nobody has closed, and waits until nothing more comes.
+func (ws *webSocket) Close() error {
+	ws.put(appendFrame(nil, opClose, []byte(goingAway)), opClose)
+	<-ws.gone
+	return ws.Conn.Close()
+}
+
+// Read reads what the peer sends, who thereby shows that it is there. In this order a ping in
+// between may go without a deadline; the next one does not.
+func (ws *webSocket) Read(b []byte) (int, error) {
+	n, err := ws.in.Read(b)
+	if n > 0 && ws.awaited.Load() {
+		ws.SetReadDeadline(time.Time{})
+		ws.awaited.Store(false)
+	}
+	return n, err
+}
+
+// listen answers pings, and messages one after the other, until the peer closes or is gone.
+func (ws *webSocket) listen() {
+	defer close(ws.gone)
+	defer ws.Conn.Close()
+	var message []byte
+	for more := false; ; {
+		op, last, data, err := readFrame(ws, maxBody-len(message), more)
+		if err != nil {
+			return
+		}
+		if op <= opText {
+			message, more = append(message, data...), !last
+			if last && !utf8.Valid(message) {
+				op, data = opClose, []byte(notUTF8)
+			}
+		}
+		switch { // who cannot be written to is not there to be read from for long
+		case op == opPing:
+			ws.put(appendFrame(nil, opPong, data), opPong)
+		case op == opClose:
+			ws.put(appendFrame(nil, opClose, echo(data)), opClose)
+			io.Copy(io.Discard, ws.Conn)
+			return
+		case op <= opText && last:
+			ws.Write(ws.take(string(message)))
+			message = nil
+		}
+	}
+}
+
+// echo returns what to answer a close frame with: the code in it, if there is one and it may be.
+func echo(data []byte) []byte {
+	var code [2]byte
+	copy(code[:], data)
+	switch code := int(code[0])<<8 | int(code[1]); {
+	case len(data) == 0:
+		return nil
+	case len(data) == 1, code < 1000, 1004 <= code && code <= 1006, 1015 <= code && code < 3000,
+		code > 4999:
+		return []byte(forbidden)
+	case !utf8.Valid(data[2:]):
+		return []byte(notUTF8)
+	}
+	return code[:]
+}
+
+// readFrame reads a client's frame and says whether it is the last of its message, which has room
+// for so many bytes; more says that one has begun. What may not be is returned as a close frame
+// that says so. Memory is taken for what comes, not for what is announced.
+func readFrame(r io.Reader, room int, more bool) (op byte, last bool, data []byte, err error) {
+	head := make([]byte, 14)
+	if _, err = io.ReadFull(r, head[:2]); err != nil {
+		return 0, false, nil, err
+	}
+	op, last = head[0]&0x7f, head[0]&0x80 != 0 // reserved bits make it an opcode that is none
+	size, control := uint64(head[1]&0x7f), op == opClose || op == opPing || op == opPong
+	switch {
+	case head[1]&0x80 == 0, control && (!last || size > 125),
+		!control && (op > opBinary || more != (op == opMore)):
+		return opClose, true, []byte(forbidden), nil
+	case op == opBinary:
+		return opClose, true, []byte(notText), nil
+	}
+	wide := 0
+	if size > 125 {
+		wide, size = map[uint64]int{126: 2, 127: 8}[size], 0 // in bytes of its own
+	}
+	if _, err = io.ReadFull(r, head[2:6+wide]); err != nil {
+		return 0, false, nil, err
+	}
+	for _, b := range head[2 : 2+wide] {
+		size = size<<8 | uint64(b)
+	}
+	switch {
+	case wide == 2 && size < 126, wide == 8 && size < 1<<16, size > math.MaxInt64:
+		return opClose, true, []byte(forbidden), nil
+	case !control && size > uint64(room):
+		return opClose, true, []byte(tooLong), nil
+	}
+	data, err = io.ReadAll(io.LimitReader(r, int64(size)))
+	if err == nil && len(data) < int(size) {
+		err = io.ErrUnexpectedEOF
+	}
+	for i := range data {
+		data[i] ^= head[2+wide+i%4]
+	}
+	return op, last, data, err
+}
+
+// appendFrame appends a server's frame. No event is over 64 KiB.
+func appendFrame(b []byte, op byte, data []byte) []byte {
+	if n := len(data); n > 125 {
+		b = append(b, 0x80|op, 126, byte(n>>8), byte(n))
+	} else {
+		b = append(b, 0x80|op, byte(n))
+	}
+	return append(b, data...)
 }
 
 // A broker shares the log with other processes through Redis. It keeps two connections: one

@@ -13,6 +13,7 @@ The tests, in the order of this file, and what of README.md's promises each part
 	mixed      all of them at once over real HTTP (CHAT_MIXED=10m, CHAT_SEED)
 	readers    what one costs who reads slowly, or not, or leaves; descriptors
 	pages      in a real browser: the chat page, the lesson
+	websocket  RFC 6455 over raw sockets; fuzz; Python, Chromium, nginx and Caddy; what a peer costs
 	documents  README's lines are run: shell, nginx, Caddy, systemd; manual, flags and numbers agree
 	benchmarks
 
@@ -9354,6 +9355,1265 @@ func TestLessonStrings(t *testing.T) {
 	for key := range s.texts["en"] {
 		if strings.HasPrefix(key, "lesson_") && !slices.Contains(used, key) {
 			t.Errorf("nothing uses %s", key)
+		}
+	}
+}
+
+// ---- websocket ----
+
+// shake is a handshake for a path, with the example's key of RFC 6455. Each change names a header and
+// gives it another value or, after the colon, none.
+func shake(target string, changes ...string) string {
+	lines := []string{"GET " + target + " HTTP/1.1", "Host: chat", "Upgrade: websocket", "Connection: Upgrade",
+		"Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="}
+	for _, change := range changes {
+		name, value, _ := strings.Cut(change, ":")
+		lines = slices.DeleteFunc(lines, func(line string) bool { return strings.HasPrefix(line, name+":") })
+		if value != "" {
+			lines = append(lines, change)
+		}
+	}
+	return raw(lines...)
+}
+
+// A peer is a client's side of a WebSocket, which sends what no library would.
+type peer struct {
+	t    testing.TB
+	conn net.Conn
+	in   *bufio.Reader
+}
+
+// meet shakes hands.
+func meet(t testing.TB, conn net.Conn, handshake string) *peer {
+	t.Helper()
+	p := &peer{t, conn, bufio.NewReader(conn)}
+	io.WriteString(conn, handshake)
+	resp, err := http.ReadResponse(p.in, nil)
+	if err != nil || resp.StatusCode != 101 || resp.Header.Get("Sec-WebSocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
+		t.Fatalf("the handshake is answered %+v, %v", resp, err)
+	}
+	return p
+}
+
+// socket opens a WebSocket with a query such as "after=0", and headers of its own.
+func (c *client) socket(query string, headers ...string) *peer {
+	c.t.Helper()
+	conn := dial(c.t, c.url)
+	conn.SetDeadline(time.Now().Add(patience))
+	return meet(c.t, conn, shake("/ws?"+query, headers...))
+}
+
+// masked is a client's frame. The first byte has the opcode, and 0x80 if it is the last of its message.
+func masked(first byte, data string) string {
+	return announce(first, len(data), "\x12\xab\x00\xff", data)
+}
+
+// announce is a frame with a length and a mask of its own; without a mask its bit is not set.
+func announce(first byte, length int, mask, data string) string {
+	b := []byte{first}
+	switch {
+	case length < 126:
+		b = append(b, byte(length))
+	case length < 1<<16:
+		b = append(b, 126, byte(length>>8), byte(length))
+	default:
+		b = append(b, 127, 0, 0, 0, 0, byte(length>>24), byte(length>>16), byte(length>>8), byte(length))
+	}
+	if mask != "" {
+		b[1] |= 0x80
+	}
+	b = append(b, mask...)
+	for i := range len(data) {
+		if mask != "" {
+			b = append(b, data[i]^mask[i%4])
+		} else {
+			b = append(b, data[i])
+		}
+	}
+	return string(b)
+}
+
+func say(text string) string { return masked(0x81, "data: "+text) }
+
+func (p *peer) send(frames ...string) {
+	p.t.Helper()
+	if _, err := io.WriteString(p.conn, strings.Join(frames, "")); err != nil {
+		p.t.Fatalf("writing to a WebSocket: %v", err)
+	}
+}
+
+// frame reads a frame and fails unless it is whole and not masked. At the end its opcode is 0xff.
+func (p *peer) frame() (op byte, data string) {
+	p.t.Helper()
+	head := make([]byte, 2)
+	if _, err := io.ReadFull(p.in, head); err != nil {
+		return 0xff, err.Error()
+	}
+	size := int(head[1])
+	if size == 126 {
+		wide := make([]byte, 2)
+		io.ReadFull(p.in, wide)
+		if size = int(wide[0])<<8 | int(wide[1]); size < 126 {
+			p.t.Fatalf("%d bytes are announced in three", size)
+		}
+	}
+	if head[0]&0x80 == 0 || head[0]&0x70 != 0 || head[1] > 126 {
+		p.t.Fatalf("a frame begins with %x", head)
+	}
+	b := make([]byte, size)
+	if _, err := io.ReadFull(p.in, b); err != nil {
+		p.t.Fatalf("a frame is cut: %v", err)
+	}
+	return head[0] & 0x0f, string(b)
+}
+
+// word is what comes next, in a word: "reply 204", "pong x", "close 1000", "(ping)", a message's text.
+func (p *peer) word() string {
+	p.t.Helper()
+	switch op, data := p.frame(); op {
+	case opText:
+		e := p.parse(data)
+		if e.kind == "reply" {
+			return fmt.Sprint("reply ", p.answer(e).Status)
+		}
+		return tell([]event{e})[0]
+	case opPing:
+		return "ping " + data
+	case opPong:
+		return "pong " + data
+	case opClose:
+		if len(data) == 2 {
+			return fmt.Sprintf("close %d", int(data[0])<<8|int(data[1]))
+		}
+		return "close" + data
+	case 0xff:
+		if data != "EOF" {
+			return "broken: " + data
+		}
+		return "end"
+	default:
+		return fmt.Sprintf("opcode %x", op)
+	}
+}
+
+// parse fails unless a text message is one event and nothing else.
+func (p *peer) parse(text string) event {
+	p.t.Helper()
+	all := slices.Collect(events(strings.NewReader(text)))
+	if len(all) != 2 || all[1].retry != nil || !strings.HasSuffix(text, "\n\n") || strings.Count(text, "\n\n") != 1 {
+		p.t.Fatalf("a text message is no event: %q", text)
+	}
+	return all[0]
+}
+
+type outcome struct {
+	Status     int
+	ID, Reason string
+	RetryAfter int
+}
+
+func (p *peer) answer(e event) (got outcome) {
+	p.t.Helper()
+	in := json.NewDecoder(strings.NewReader(e.data))
+	in.DisallowUnknownFields()
+	if err := in.Decode(&got); err != nil || e.id != "" {
+		p.t.Fatalf("a reply is %+v: %v", e, err)
+	}
+	return got
+}
+
+// until returns the words up to and with this one.
+func (p *peer) until(word string) (got []string) {
+	p.t.Helper()
+	for {
+		next := p.word()
+		if got = append(got, next); next == word {
+			return got
+		}
+		if next == "end" || strings.HasPrefix(next, "broken") {
+			p.t.Fatalf("the WebSocket ended before %q, after %.500q", word, got)
+		}
+	}
+}
+
+// post sends a message and returns how it is answered.
+func (p *peer) post(event string) outcome {
+	p.t.Helper()
+	p.send(masked(0x81, event))
+	for {
+		op, data := p.frame()
+		if op == 0xff || op == opClose {
+			p.t.Fatalf("%q is answered with an end", event)
+		}
+		if op == opText {
+			if e := p.parse(data); e.kind == "reply" {
+				return p.answer(e)
+			}
+		}
+	}
+}
+
+// TestWebSocketFrames goes along RFC 6455. What is not closed in between ends with a close of 1000; then
+// the connection must end, and not be reset.
+func TestWebSocketFrames(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	closes := func(code int, reason string) string {
+		return masked(0x88, string([]byte{byte(code >> 8), byte(code)})+reason)
+	}
+	// x makes a message of so many bytes, too long to be said but not to arrive.
+	x := func(size int) string { return "data: " + strings.Repeat("x", size-6) }
+	const long = 65536
+	longest := strings.Repeat("好", maxMessage)
+	for _, test := range []struct {
+		name, send, want string
+		said             []string // what is in the room then
+	}{
+		{"a message", say("hello"), "reply 204", []string{"hello"}},
+		{"two in one segment", say("one") + say("two"), "reply 204, reply 204", []string{"one", "two"}},
+		{"a mask of zeros", announce(0x81, 7, "\x00\x00\x00\x00", "data: a"), "reply 204", []string{"a"}},
+		{"a mask of ones", announce(0x81, 7, "\xff\xff\xff\xff", "data: b"), "reply 204", []string{"b"}},
+		{"no mask", announce(0x81, 7, "", "data: c"), "close 1002", nil},
+		{"a ping without a mask", announce(0x89, 0, "", ""), "close 1002", nil},
+		{"a close without a mask", announce(0x88, 0, "", ""), "close 1002", nil},
+
+		{"0 bytes", masked(0x81, ""), "reply 400", nil},
+		{"125 bytes", masked(0x81, x(125)), "reply 204", []string{x(125)[6:]}},
+		{"126 bytes", masked(0x81, x(126)), "reply 204", []string{x(126)[6:]}},
+		{"127 bytes", masked(0x81, x(127)), "reply 204", []string{x(127)[6:]}},
+		{"65535 bytes", masked(0x81, x(65535)), "reply 413", nil},
+		{"65536 bytes", masked(0x81, x(long)), "reply 413", nil},
+		{"65537 bytes", masked(0x81, x(long+1)), "close 1009", nil},
+		{"65537 bytes of which none comes", announce(0x81, long+1, "abcd", ""), "close 1009", nil},
+		{"2^63-1 bytes", "\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xffabcd", "close 1009", nil},
+		{"2^63 bytes", "\x81\xff\x80\x00\x00\x00\x00\x00\x00\x00abcd", "close 1002", nil},
+		{"65536 bytes in fragments", masked(0x01, x(60000)) + masked(0x80, strings.Repeat("x", long-60000)), "reply 413", nil},
+		{"65537 bytes in fragments", masked(0x01, x(60000)) + masked(0x80, strings.Repeat("x", long-59999)), "close 1009", nil},
+		{"a full message, a ping, and nothing more", masked(0x01, x(long)) + masked(0x89, "p") + masked(0x80, ""), "pong p, reply 413", nil},
+		{"5 bytes announced in three", "\x81\xfe\x00\x05abcd12345", "close 1002", nil},
+		{"125 bytes announced in three", "\x81\xfe\x00\x7dabcd", "close 1002", nil},
+		{"126 bytes announced in nine", "\x81\xff\x00\x00\x00\x00\x00\x00\x00\x7eabcd", "close 1002", nil},
+		{"65535 bytes announced in nine", "\x81\xff\x00\x00\x00\x00\x00\x00\xff\xffabcd", "close 1002", nil},
+
+		{"a ping", masked(0x89, ""), "pong ", nil},
+		{"a ping with a payload", masked(0x89, "hello"), "pong hello", nil},
+		{"a ping that is not UTF-8", masked(0x89, "\x00\xff\xfe"), "pong \x00\xff\xfe", nil},
+		{"a ping of 125 bytes", masked(0x89, strings.Repeat("p", 125)), "pong " + strings.Repeat("p", 125), nil},
+		{"a ping of 126 bytes", masked(0x89, strings.Repeat("p", 126)), "close 1002", nil},
+		{"a ping in fragments", masked(0x09, "p") + masked(0x80, "q"), "close 1002", nil},
+		{"ten pings", strings.Repeat(masked(0x89, "p"), 10), strings.TrimPrefix(strings.Repeat(", pong p", 10), ", "), nil},
+		{"a pong that nobody asked for", masked(0x8a, "hello"), "", nil},
+		{"a pong of 126 bytes", masked(0x8a, strings.Repeat("p", 126)), "close 1002", nil},
+		{"a pong in fragments", masked(0x0a, ""), "close 1002", nil},
+
+		{"reserved bit 1", masked(0xc1, "data: x"), "close 1002", nil},
+		{"reserved bit 2", masked(0xa1, "data: x"), "close 1002", nil},
+		{"reserved bit 3", masked(0x91, "data: x"), "close 1002", nil},
+		{"reserved bits in a ping", masked(0xf9, ""), "close 1002", nil},
+		{"reserved bits in a close", masked(0xf8, ""), "close 1002", nil},
+		{"reserved bits in a fragment", masked(0x01, "data: x") + masked(0xc0, "y"), "close 1002", nil},
+		{"opcode 3", masked(0x83, ""), "close 1002", nil},
+		{"opcode 4", masked(0x84, ""), "close 1002", nil},
+		{"opcode 5", masked(0x85, "x"), "close 1002", nil},
+		{"opcode 6", masked(0x86, ""), "close 1002", nil},
+		{"opcode 7", masked(0x87, "x"), "close 1002", nil},
+		{"opcode 11", masked(0x8b, ""), "close 1002", nil},
+		{"opcode 12", masked(0x8c, "x"), "close 1002", nil},
+		{"opcode 13", masked(0x8d, ""), "close 1002", nil},
+		{"opcode 14", masked(0x8e, ""), "close 1002", nil},
+		{"opcode 15", masked(0x8f, "x"), "close 1002", nil},
+		{"binary", masked(0x82, "data: x"), "close 1003", nil},
+		{"binary in fragments", masked(0x02, "data: x"), "close 1003", nil},
+		{"binary within text", masked(0x01, "data: x") + masked(0x82, "y"), "close 1002", nil},
+
+		{"two fragments", masked(0x01, "data: fr") + masked(0x80, "agments"), "reply 204", []string{"fragments"}},
+		{"three fragments, one empty", masked(0x01, "data: ") + masked(0x00, "") + masked(0x80, "three"), "reply 204", []string{"three"}},
+		{"fragments of which all are empty", masked(0x01, "") + masked(0x00, "") + masked(0x80, ""), "reply 400", nil},
+		{"a ping between fragments", masked(0x01, "data: be") + masked(0x89, "p") + masked(0x80, "tween"), "pong p, reply 204", []string{"between"}},
+		{"a pong between fragments", masked(0x01, "data: not ") + masked(0x8a, "") + masked(0x80, "told"), "reply 204", []string{"not told"}},
+		{"a close between fragments", masked(0x01, "data: x") + closes(1000, "") + masked(0x80, "y"), "close 1000", nil},
+		{"a continuation of nothing", masked(0x80, "data: x"), "close 1002", nil},
+		{"one that goes on", masked(0x00, "data: x"), "close 1002", nil},
+		{"a continuation behind a whole message", say("whole") + masked(0x80, "x"), "reply 204, close 1002", []string{"whole"}},
+		{"a message within another", masked(0x01, "data: x") + say("y"), "close 1002", nil},
+
+		{"UTF-8", say("κόσμε 小明 😀"), "reply 204", []string{"κόσμε 小明 😀"}},
+		{"UTF-8 cut inside a character", masked(0x01, "data: 小"[:8]) + masked(0x80, "小"[2:]+"明"), "reply 204", []string{"小明"}},
+		{"UTF-8 cut inside one by a ping", masked(0x01, "data: \xf0\x9f") + masked(0x89, "\xff") + masked(0x80, "\x98\x80"), "pong \xff, reply 204", []string{"😀"}},
+		{"not UTF-8", say("\xff"), "close 1007", nil},
+		{"half a character", say("\xe5\xb0"), "close 1007", nil},
+		{"half a character in the last of two fragments", masked(0x01, "data: x") + masked(0x80, "\xe5\xb0"), "close 1007", nil},
+		{"a surrogate", say("\xed\xa0\x80"), "close 1007", nil},
+		{"overlong", say("\xc0\xaf"), "close 1007", nil},
+		{"beyond U+10FFFF", say("\xf4\x90\x80\x80"), "close 1007", nil},
+
+		{"a close without a code", masked(0x88, ""), "close", nil},
+		{"a close of one byte", masked(0x88, "\x03"), "close 1002", nil},
+		{"a close of one byte, which could begin a code", masked(0x88, "\x0c"), "close 1002", nil},
+		{"a close with a reason", closes(1000, "bye 再见"), "close 1000", nil},
+		{"a reason of 123 bytes", closes(1000, strings.Repeat("r", 123)), "close 1000", nil},
+		{"a reason of 124 bytes", closes(1000, strings.Repeat("r", 124)), "close 1002", nil},
+		{"a reason that is not UTF-8", closes(1000, "\xff"), "close 1007", nil},
+		{"a close in fragments", masked(0x08, "\x03\xe8"), "close 1002", nil},
+		{"a message behind a close", closes(1000, "") + say("too late"), "close 1000", nil},
+		{"two closes", closes(1000, "") + closes(1001, ""), "close 1000", nil},
+		{"a ping behind a close", closes(1000, "") + masked(0x89, "p"), "close 1000", nil},
+		{"code 0", closes(0, ""), "close 1002", nil},
+		{"code 999", closes(999, ""), "close 1002", nil},
+		{"code 1001", closes(1001, ""), "close 1001", nil},
+		{"code 1003", closes(1003, ""), "close 1003", nil},
+		{"code 1004", closes(1004, ""), "close 1002", nil},
+		{"code 1005", closes(1005, ""), "close 1002", nil},
+		{"code 1006", closes(1006, ""), "close 1002", nil},
+		{"code 1007", closes(1007, ""), "close 1007", nil},
+		{"code 1014", closes(1014, ""), "close 1014", nil},
+		{"code 1015", closes(1015, ""), "close 1002", nil},
+		{"code 2999", closes(2999, ""), "close 1002", nil},
+		{"code 3000", closes(3000, ""), "close 3000", nil},
+		{"code 4999", closes(4999, ""), "close 4999", nil},
+		{"code 5000", closes(5000, ""), "close 1002", nil},
+		{"code 65535", closes(65535, ""), "close 1002", nil},
+		{"much behind what is forbidden", "\xff" + strings.Repeat("x", 1<<20), "close 1002", nil},
+
+		{"several lines", masked(0x81, "data: one\ndata:two\ndata:  three\n\n"), "reply 204", []string{"one\ntwo\n three"}},
+		{"lines that end in CR and CRLF", masked(0x81, "data: cr\rdata: crlf\r\ndata: lf\r\n\r\n"), "reply 204", []string{"cr\ncrlf\nlf"}},
+		{"a forged event", say("a\u2028\u2028event: gap"), "reply 204", []string{"a\n\nevent: gap"}},
+		{"an id without a text", masked(0x81, "id: key-of-a-message-0001"), "reply 422", nil},
+		{"a blank text", say(" \u2003"), "reply 422", nil},
+		{"a key that is short", masked(0x81, "id: short\ndata: x"), "reply 400", nil},
+		{"an empty key", masked(0x81, "id:\ndata: x"), "reply 400", nil},
+		{"two keys", masked(0x81, "id: key-of-a-message-0001\nid: key-of-a-message-0001\ndata: x"), "reply 400", nil},
+		{"a bare text", masked(0x81, "hello"), "reply 400", nil},
+		{"an event of another kind", masked(0x81, "event: gap\ndata: x\n\n"), "reply 400", nil},
+		{"a comment", masked(0x81, ": x\ndata: x"), "reply 400", nil},
+		{"two events", masked(0x81, "data: x\n\ndata: y\n\n"), "reply 400", nil},
+		{"a field without a colon", masked(0x81, "data"), "reply 400", nil},
+		{"4000 characters", say(longest), "reply 204", []string{longest}},
+		{"4001 characters", say(longest + "好"), "reply 413", nil},
+		{"what is refused ends nothing", masked(0x81, "hello") + say("again"), "reply 400, reply 204", []string{"again"}},
+	} {
+		for _, atATime := range []int{1 << 20, 1} {
+			if atATime == 1 && len(test.send) > 1000 {
+				continue
+			}
+			before := c.newcomer()
+			p := c.socket("after=x")
+			go func() { // the server may answer before it is all written
+				bytes := []byte(test.send)
+				for part := range slices.Chunk(bytes, atATime) {
+					p.conn.Write(part)
+				}
+				p.conn.Write([]byte(closes(1000, "")))
+			}()
+			var got []string
+			for word := p.word(); word != "end"; word = p.word() {
+				if word, _, _ := strings.Cut(word, " "); word != "reply" && word != "pong" && word != "close" && word != "broken:" {
+					continue
+				}
+				if got = append(got, word); strings.HasPrefix(word, "broken") {
+					break
+				}
+			}
+			want := test.want
+			if !strings.Contains(want, "close") {
+				want = strings.TrimPrefix(want+", close 1000", ", ")
+			}
+			if strings.Join(got, ", ") != want {
+				t.Errorf("%s, %d bytes at a time:\n got %.300q\nwant %.300q", test.name, atATime, strings.Join(got, ", "), want)
+			}
+			if now := c.newcomer(); !slices.Equal(now[min(len(before), len(now)):], test.said) {
+				t.Errorf("%s, %d bytes at a time: the room has %.100q more, want %.100q", test.name, atATime, now[len(before):], test.said)
+			}
+		}
+	}
+}
+
+func TestWebSocketHandshake(t *testing.T) {
+	t.Parallel()
+	const trusted = "https://chat.example"
+	room := startRoom(t, "-origin", trusted)
+	c := newClient(t, room.url)
+	closed := newClient(t, startRoom(t, "CHAT_PASSWORD=blue whale").url)
+	cookie := func(name, value string) string { return "Cookie: " + name + "=" + value }
+	login := closed.cookie("/login", form("user", "小明", "password", "blue whale"))
+	for _, test := range []struct {
+		name, request string
+		at            *client
+		status        int
+	}{
+		{"as in RFC 6455", shake("/ws"), c, 101},
+		{"in other cases", shake("/ws", "Upgrade: WebSocket", "Connection: UPGRADE"), c, 101},
+		{"as Firefox", shake("/ws", "Connection: keep-alive, Upgrade"), c, 101},
+		{"one of two protocols", shake("/ws", "Upgrade: h2c, websocket"), c, 101},
+		{"an extension is not taken up", shake("/ws", "Sec-WebSocket-Extensions: permessage-deflate"), c, 101},
+		{"nor is a protocol", shake("/ws", "Sec-WebSocket-Protocol: chat"), c, 101},
+		{"wait= is not for it", shake("/ws?wait=0"), c, 101},
+
+		{"no handshake", rawGet("/ws"), c, 426},
+		{"no Upgrade", shake("/ws", "Upgrade:"), c, 426},
+		{"another protocol", shake("/ws", "Upgrade: h2c"), c, 426},
+		{"no version", shake("/ws", "Sec-WebSocket-Version:"), c, 426},
+		{"version 8", shake("/ws", "Sec-WebSocket-Version: 8"), c, 426},
+		{"version 13 with something behind", shake("/ws", "Sec-WebSocket-Version: 13x"), c, 426},
+		{"HTTP/1.0", strings.Replace(shake("/ws"), "HTTP/1.1", "HTTP/1.0", 1), c, 426},
+		{"HEAD", strings.Replace(shake("/ws"), "GET", "HEAD", 1), c, 426},
+		{"POST", strings.Replace(shake("/ws"), "GET", "POST", 1), c, 405},
+		{"a version before the key", shake("/ws", "Sec-WebSocket-Version: 8", "Sec-WebSocket-Key:"), c, 426},
+
+		{"no Connection", shake("/ws", "Connection:"), c, 400},
+		{"Connection: close", shake("/ws", "Connection: close"), c, 400},
+		{"no key", shake("/ws", "Sec-WebSocket-Key:"), c, 400},
+		{"an empty key", shake("/ws", "Sec-WebSocket-Key: "), c, 400},
+		{"a key of 15 bytes", shake("/ws", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAA"), c, 400},
+		{"a key of 17 bytes", shake("/ws", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAAA="), c, 400},
+		{"a key that is no base64", shake("/ws", "Sec-WebSocket-Key: !GhlIHNhbXBsZSBub25jZQ=="), c, 400},
+		{"a key before the origin", shake("/ws", "Sec-WebSocket-Key:", "Origin: http://evil.example"), c, 400},
+		{"a query that is broken", shake("/ws?after=%zz"), c, 400},
+
+		{"the own page", shake("/ws", "Origin: http://chat"), c, 101},
+		{"the own page over TLS", shake("/ws", "Origin: https://chat"), c, 101},
+		{"-origin", shake("/ws", "Origin: "+trusted), c, 101},
+		{"another site's page", shake("/ws", "Origin: http://evil.example"), c, 403},
+		{"another port", shake("/ws", "Origin: http://chat:8080"), c, 403},
+		{"no site's page", shake("/ws", "Origin: null"), c, 403},
+		{"another site's page that says it is ours", shake("/ws", "Origin: http://evil.example", "Sec-Fetch-Site: same-origin"), c, 403},
+		{"a browser that takes ws: for another site", shake("/ws", "Origin: http://chat", "Sec-Fetch-Site: cross-site"), c, 101},
+		{"an origin before the session", shake("/ws", "Origin: null"), closed, 403},
+
+		{"a closed room without a session", shake("/ws"), closed, 401},
+		{"with a broken one", shake("/ws", cookie(login.Name, login.Value+"x")), closed, 401},
+		{"with one", shake("/ws", cookie(login.Name, login.Value)), closed, 101},
+		{"an open room with a broken session, to read", shake("/ws", cookie(login.Name, "x")), c, 101},
+	} {
+		got := rawRequest(t, test.at.url, test.request)
+		h := got.header
+		if got.status != test.status {
+			t.Errorf("%s: got %d %q, want %d", test.name, got.status, got.body, test.status)
+		}
+		protocol := map[int]string{101: "websocket", 426: "websocket"}[got.status]
+		version := map[int]string{426: "13"}[got.status]
+		accept := map[int]string{101: "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="}[got.status]
+		if h.Get("Upgrade") != protocol || h.Get("Sec-WebSocket-Version") != version || h.Get("Sec-WebSocket-Accept") != accept ||
+			protocol != "" && h.Get("Connection") != "Upgrade" && test.name != "HTTP/1.0" || h.Get("Sec-WebSocket-Protocol")+h.Get("Sec-WebSocket-Extensions") != "" {
+			t.Errorf("%s: got %d with %v", test.name, got.status, h)
+		}
+	}
+	if got := rawRequest(t, c.url, shake("/ws", "Origin: http://evil.example")); !strings.Contains(got.body, "-origin") {
+		t.Errorf("another site's page is told %q, want what to do", got.body)
+	}
+	room.changed()
+}
+
+// What comes through a WebSocket is byte for byte what comes on /stream, but for retry:, which differs.
+func TestWebSocketSendsTheSame(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	long := strings.Repeat("好\n", maxMessage/2)
+	var last string
+	for i := range 50 {
+		last = c.sayAs(fmt.Sprintf("key-of-a-message-%04d", i), fmt.Sprint(i, "\nline\n"))
+	}
+	c.say(long)
+	want, _, _ := strings.Cut(c.get("/stream?wait=0").body[len("retry: 2000\n"):], "event: ping")
+	for _, query := range []string{"", "after=0", "after=" + url.QueryEscape("x")} {
+		p, got := c.socket(query), ""
+		for i := 0; ; i++ {
+			op, text := p.frame()
+			if retry := regexp.MustCompile(`^retry: [1-4]\d\d\d\n`).FindString(text); op != opText || (retry != "") != (i == 0) {
+				t.Fatalf("text message %d is %x %.50q, want retry: in the first", i, op, text)
+			} else if text = text[len(retry):]; query == "after=x" && i == 0 {
+				if text != string(gapFrame) {
+					t.Fatalf("after an unknown id it begins with %q", text)
+				}
+				continue
+			}
+			p.parse(text)
+			if strings.HasPrefix(text, "event: ping\nid: ") {
+				break
+			}
+			got += text
+		}
+		if got != want {
+			t.Errorf("%q brings %d bytes, want %d:\n%.200q", query, len(got), len(want), got)
+		}
+	}
+	for name, p := range map[string]*peer{"?after=": c.socket("after=" + last), "Last-Event-ID": c.socket("", "Last-Event-ID: "+last)} {
+		if got := p.word(); got != long {
+			t.Errorf("with %s comes %.50q, want what follows", name, got)
+		}
+	}
+}
+
+// What comes with the handshake is not lost, and not answered before the line with retry:.
+func TestWebSocketEarly(t *testing.T) {
+	t.Parallel()
+	c := newClient(t, startRoom(t).url)
+	conn := dial(t, c.url)
+	conn.SetDeadline(time.Now().Add(patience))
+	p := meet(t, conn, shake("/ws")+say("early")+masked(0x89, "p")+say("again"))
+	if op, text := p.frame(); op != opText || !strings.HasPrefix(text, "retry: ") {
+		t.Errorf("first comes %x %q", op, text)
+	}
+	got := append(append(p.until("reply 204"), p.until("pong p")...), p.until("reply 204")...)
+	if want := []string{"early", "again"}; !slices.Equal(c.newcomer(), want) {
+		t.Errorf("after %q the room has %q, want %q", got, c.newcomer(), want)
+	}
+}
+
+// Posts through a WebSocket are those of POST /post: same checks, same order, one after the other.
+func TestWebSocketPosts(t *testing.T) {
+	t.Parallel()
+	room := startRoom(t, "-rate", "0.01")
+	c := newClient(t, room.url).login("小明")
+	w := newWitness(t, room.url)
+	session := c.session()
+	p := c.socket("", "Cookie: "+session.Name+"="+session.Value)
+	first := p.post("id: " + keyA + "\ndata: hello\n\n")
+	if first.Status != 204 || nameOf(first.ID) != keyA || first.Reason != "" || first.RetryAfter != 0 {
+		t.Errorf("a post is answered %+v", first)
+	}
+	if again := p.post("data: another text\nid: " + keyA); again != first {
+		t.Errorf("the same key again is answered %+v, want %+v", again, first)
+	}
+	if id := c.sayAs(keyA, "by POST"); id != first.ID {
+		t.Errorf("by POST the key has the id %q, want %q", id, first.ID)
+	}
+	want := []string{"小明: hello"}
+	for i := range postBurst - 1 {
+		p.send(say(fmt.Sprint(i)))
+		want = append(want, fmt.Sprint("小明: ", i))
+	}
+	for i := 0; i < postBurst-1; {
+		if word := p.word(); word == "reply 204" {
+			i++
+		} else if strings.HasPrefix(word, "reply") {
+			t.Fatalf("a post is answered %q", word)
+		}
+	}
+	if got := p.post("data: one too many"); got.Status != 429 || got.Reason != "too fast" || got.RetryAfter < 50 || got.ID != "" {
+		t.Errorf("too fast is answered %+v", got)
+	}
+	if got := p.post("data: " + strings.Repeat("x", maxMessage+1)); got.Status != 413 || got.RetryAfter != 0 || got.Reason == "" {
+		t.Errorf("too much is answered %+v", got)
+	}
+	stranger := c.socket("", "Cookie: "+session.Name+"="+session.Value+"x")
+	if got := stranger.post("hello"); got.Status != 401 || got.Reason != "log in first" {
+		t.Errorf("with a broken session a post is answered %+v, want 401 before all else", got)
+	}
+	w.heard(want...)
+}
+
+// When Redis is away posts are refused, the reader stays; a post that waits at the end is not for ever.
+func TestWebSocketWithoutRedis(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	room := r.room().joined()
+	p := newClient(t, room.url).socket("")
+	p.until("(ping)")
+	r.signal("STOP")
+	if got := p.post("data: x"); got.Status != 503 || got.RetryAfter < 1 || got.RetryAfter > 3 {
+		t.Errorf("without Redis a post is answered %+v, want 503 and when to come back", got)
+	}
+	p.send(say("waits"))
+	time.Sleep(100 * time.Millisecond)
+	start := time.Now()
+	if err := room.stop(); err != nil || time.Since(start) > 10*time.Second {
+		t.Errorf("it ends with %v after %v", err, time.Since(start))
+	}
+	r.signal("CONT")
+}
+
+// TestWebSocketAtTheEnd has many open: each is told when to come back, and then 1001.
+func TestWebSocketAtTheEnd(t *testing.T) {
+	t.Parallel()
+	r := startRoom(t)
+	c := newClient(t, r.url)
+	id := c.sayAs(keyA, "hello")
+	var open []*peer
+	for range 200 {
+		p := c.socket("after=" + id)
+		p.until("(ping)")
+		open = append(open, p)
+	}
+	var told sync.WaitGroup
+	for _, p := range open {
+		told.Go(func() {
+			op, text := p.frame()
+			e := slices.Collect(events(strings.NewReader(text)))[0]
+			if op != opText || e.kind != "ping" || e.id != id || len(e.retry) != 1 || e.retry[0] < 1000 || e.retry[0] > 4000 {
+				t.Errorf("at the end comes %x %q", op, text)
+			}
+			if got := p.word(); got != "close 1001" {
+				t.Errorf("then comes %q, want close 1001", got)
+			}
+			p.send(masked(0x88, "\x03\xe9"))
+			if got := p.word(); got != "end" {
+				t.Errorf("then comes %q, want the end", got)
+			}
+			p.conn.Close()
+		})
+	}
+	start := time.Now()
+	if err := r.stop(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+	t.Logf("it took %v", time.Since(start))
+	told.Wait()
+}
+
+// What a peer does that is no use to anybody costs the room no more than a stream would, and not for long.
+func TestWebSocketInTime(t *testing.T) {
+	const never, second = time.Hour, time.Second
+	every := func(pause time.Duration, what string) func(p *peer) {
+		return func(p *peer) {
+			for i := 0; ; i++ {
+				time.Sleep(pause)
+				if _, err := p.conn.Write([]byte{what[i%len(what)]}); err != nil {
+					return
+				}
+			}
+		}
+	}
+	for _, test := range []struct {
+		name  string
+		reads bool
+		does  func(p *peer)
+		stays time.Duration // if the room stays open
+		stops time.Duration // how long shutdown takes
+	}{
+		{"reads nothing", false, func(p *peer) {}, writeTimeout + writeRenew, stopTimeout},
+		{"answers nothing", true, func(p *peer) {}, heartbeat + pongTimeout, stopTimeout},
+		{"sends one byte after the ping", true, func(p *peer) { time.Sleep(16 * second); io.WriteString(p.conn, "\x81") },
+			2*heartbeat + pongTimeout, stopTimeout},
+		{"sends a byte a minute", true, every(61*second, say("never whole")), heartbeat + pongTimeout, stopTimeout},
+		{"sends a byte in 40 s", true, every(40*second, masked(0x81, strings.Repeat("x", 60000))), never, stopTimeout},
+		{"pings in 20 s", true, every(20*second, "\x89\x80abcd"), never, stopTimeout},
+		{"posts in 40 s", true, func(p *peer) {
+			for {
+				time.Sleep(40 * second)
+				if _, err := io.WriteString(p.conn, say("hello")); err != nil {
+					return
+				}
+			}
+		}, never, stopTimeout},
+		{"announces much and sends nothing", true, func(p *peer) { io.WriteString(p.conn, announce(0x81, 65536, "abcd", "")) },
+			heartbeat + pongTimeout, stopTimeout},
+		{"goes without a word", true, func(p *peer) { p.conn.Close() }, 0, 0},
+		{"closes and stays", true, func(p *peer) { io.WriteString(p.conn, masked(0x88, "\x03\xe8")) }, closeTimeout, stopTimeout},
+		{"breaks the rules and stays", true, func(p *peer) { io.WriteString(p.conn, "\xff\xff") }, closeTimeout, stopTimeout},
+		{"closes, and then never ends", true, func(p *peer) {
+			io.WriteString(p.conn, masked(0x88, ""))
+			every(second, "x")(p)
+		}, closeTimeout, stopTimeout},
+	} {
+		for _, stops := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, shutdown %v", test.name, stops), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					s := newTestServer(t, t.Logf)
+					srv, pipes := s.httpServer(t.Context()), make(pipeListener)
+					go srv.Serve(pipes)
+					here, there := net.Pipe()
+					pipes <- there
+					p := &peer{t, here, bufio.NewReader(here)}
+					io.WriteString(here, shake("/ws"))
+					start := time.Now()
+					if test.reads {
+						go io.Copy(io.Discard, here)
+					}
+					synctest.Wait()
+					var doing sync.WaitGroup
+					doing.Go(func() { test.does(p) })
+					defer doing.Wait()
+					defer here.Close()
+					synctest.Wait()
+					if stops {
+						s.shutdown(srv)
+						took := time.Since(start)
+						if synctest.Wait(); took != test.stops || s.conns.Load() != 0 || s.streams != 0 {
+							t.Errorf("it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), s.streams, test.stops)
+						}
+						return
+					}
+					for s.conns.Load() > 0 && time.Since(start) < never {
+						time.Sleep(second)
+						synctest.Wait()
+					}
+					if took := time.Since(start); took < test.stays || took > test.stays+2*second {
+						t.Errorf("it is gone after %v, want %v", took, test.stays)
+					}
+					s.shutdown(srv)
+				})
+			})
+		}
+	}
+}
+
+// In a silence both pings come, every 15 s. Who is closed by the process answers, and that is the end.
+func TestWebSocketPings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTestServer(t, t.Logf)
+		srv, pipes := s.httpServer(t.Context()), make(pipeListener)
+		go srv.Serve(pipes)
+		here, there := net.Pipe()
+		pipes <- there
+		start := time.Now()
+		p := meet(t, here, shake("/ws"))
+		for i, want := range []string{"(ping)", "(ping)", "ping ", "(ping)", "ping ", "reply 204", "hello", "(ping)", "ping "} {
+			got := p.word()
+			at := heartbeat * time.Duration((i+1)/2)
+			if i > 4 {
+				at = 2*heartbeat + time.Second
+			}
+			if i > 6 {
+				at += heartbeat
+			}
+			if i == 6 && got == "reply 204" || i == 5 && got == "hello" {
+				continue // two goroutines write
+			}
+			if got != want || time.Since(start) != at {
+				t.Errorf("%v: %q, want %q after %v", time.Since(start), got, want, at)
+			}
+			if i == 4 {
+				time.Sleep(time.Second)
+				p.send(say("hello"))
+			}
+		}
+		ended := make(chan time.Duration)
+		start = time.Now()
+		go func() {
+			s.shutdown(srv)
+			ended <- time.Since(start)
+		}()
+		if got := p.until("close 1001"); len(got) != 2 || got[0] != "(ping)" {
+			t.Errorf("at the end comes %q", got)
+		}
+		p.send(masked(0x88, "\x03\xe9"))
+		here.Close()
+		if took := <-ended; took != 0 {
+			t.Errorf("a peer that closes holds the end up for %v", took)
+		}
+	})
+}
+
+// TestWebSocketsThatNeverRead are as in TestReadersThatNeverRead.
+func TestWebSocketsThatNeverRead(t *testing.T) {
+	t.Parallel()
+	const readers, messages = 200, 1000
+	p := startProcess(t)
+	c := newClient(t, p.url)
+	c.sayMany(messages, kilobyte)
+	files, before := p.descriptors(), p.resident()
+	for i := range readers {
+		conn := dial(t, p.url)
+		conn.(*net.TCPConn).SetReadBuffer(64 << 10)
+		io.WriteString(conn, shake("/ws"))
+		if i%2 == 0 { // and wants to be answered
+			io.WriteString(conn, strings.Repeat(masked(0x89, strings.Repeat("p", 125)), 50))
+		}
+	}
+	live := c.stream("", "")
+	live.until("ping")
+	slowest := time.Duration(0)
+	for i := range messages {
+		start := time.Now()
+		c.say(fmt.Sprint(i, kilobyte))
+		if got := live.message().number(); got != i {
+			t.Fatalf("somebody else heard %d, want %d", got, i)
+		}
+		slowest = max(slowest, time.Since(start))
+	}
+	cost := (p.resident() - before) / readers
+	if slowest > 10*time.Second || cost > 64 {
+		t.Errorf("somebody else's message took %v, and each costs %d KB, want at most 64", slowest, cost)
+	}
+	t.Logf("each costs %d KB; the slowest message took %v", cost, slowest)
+	if !testing.Short() {
+		live.close()
+		within(t, 2*patience, "those who do not read to be cut off", func() bool { return p.descriptors() < files+10 })
+	}
+}
+
+// TestWebSocketsComeAndGo in every way there is. What they took comes back.
+func TestWebSocketsComeAndGo(t *testing.T) {
+	t.Parallel()
+	readers, rounds := 2500, 2
+	if testing.Short() {
+		readers = 100
+	}
+	p := startProcess(t)
+	c := newClient(t, p.url)
+	c.say("hello")
+	ways := []func(*net.TCPConn){
+		func(conn *net.TCPConn) {},                                                               // FIN, after an answer
+		func(conn *net.TCPConn) { conn.SetLinger(0) },                                            // RST
+		func(conn *net.TCPConn) { io.WriteString(conn, masked(0x88, "\x03\xe8")) },               // as it should
+		func(conn *net.TCPConn) { io.WriteString(conn, announce(0x81, 65536, "abcd", "")) },      // in the middle of a frame
+		func(conn *net.TCPConn) { io.WriteString(conn, "\xff\xff"); conn.SetLinger(0) },          // breaking the rules
+		func(conn *net.TCPConn) { io.WriteString(conn, masked(0x01, "data: x")) },                // in the middle of a message
+		func(conn *net.TCPConn) { conn.CloseWrite() },                                            // half
+		func(conn *net.TCPConn) { io.WriteString(conn, "x"); conn.SetLinger(0); conn.Close() },   // with a byte
+		func(conn *net.TCPConn) { io.WriteString(conn, say("x")); io.WriteString(conn, "\x89") }, // with a post
+	}
+	files := p.descriptors()
+	var memory []int
+	for range rounds {
+		together(50, func(i int) {
+			for n := i; n < readers; n += 50 {
+				conn := dial(t, p.url).(*net.TCPConn)
+				conn.SetDeadline(time.Now().Add(2 * patience))
+				io.WriteString(conn, shake("/ws"))
+				if n%3 > 0 { // else gone before the answer
+					conn.Read(make([]byte, 2000))
+				}
+				ways[n%len(ways)](conn)
+				conn.Close()
+			}
+		})
+		within(t, patience, "the descriptors to come back", func() bool { return p.descriptors() <= files+2 })
+		memory = append(memory, p.resident())
+	}
+	if memory[1] > memory[0]+10<<10 {
+		t.Errorf("it holds %d KB after %d readers and %d KB after twice as many", memory[0], readers, memory[1])
+	}
+	if n := p.goroutines(); n > 5 {
+		t.Errorf("%d goroutines are left, want about 3", n)
+	}
+}
+
+// FuzzWebSocket: whatever comes, the reader takes no more than a message may have, and what it takes for
+// one is UTF-8 that was sent whole, whatever the pieces in which it comes.
+func FuzzWebSocket(f *testing.F) {
+	for _, s := range []string{"", say("hello"), masked(0x89, "p") + masked(0x88, "\x03\xe8"), masked(0x01, "a") + masked(0x80, "b"),
+		masked(0x82, "x"), announce(0x81, 65536, "abcd", "x"), "\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xffabcd", "\x81\xfe\x00\x05abcd12345",
+		announce(0x81, 3, "", "abc"), "\xff\xff", masked(0x8a, strings.Repeat("x", 125)), say(strings.Repeat("x", 300))} {
+		f.Add([]byte(s), 70)
+	}
+	f.Fuzz(func(t *testing.T, sent []byte, room int) {
+		if room < 0 || room > maxBody {
+			return
+		}
+		for _, more := range []bool{false, true} {
+			in := bytes.NewReader(sent)
+			op, last, data, err := readFrame(in, room, more)
+			slowly := iotest{bytes.NewReader(sent)}
+			op2, last2, data2, err2 := readFrame(slowly, room, more)
+			if op != op2 || last != last2 || !bytes.Equal(data, data2) || (err == nil) != (err2 == nil) {
+				t.Fatalf("%x reads as %x %v %x %v, and a byte at a time as %x %v %x %v", sent, op, last, data, err, op2, last2, data2, err2)
+			}
+			control := op == opClose || op == opPing || op == opPong
+			if len(data) > max(room, 125) || cap(data) > 2*max(room, 512) || control && len(data) > 125 {
+				t.Fatalf("%x reads as %d bytes in %d, with room for %d", sent, len(data), cap(data), room)
+			}
+			if err != nil {
+				continue
+			}
+			taken := sent[:len(sent)-in.Len()]
+			if op == opClose && slices.Contains([]string{forbidden, notText, tooLong}, string(data)) {
+				continue // a close of its own, or one like it
+			}
+			if !control && (op > opText || more != (op == opMore)) || control && !last {
+				t.Fatalf("%x reads as opcode %x, %v, more %v", sent, op, last, more)
+			}
+			first := op
+			if last {
+				first |= 0x80
+			}
+			mask := taken[len(taken)-len(data)-4 : len(taken)-len(data)]
+			if again := announce(first, len(data), string(mask), string(data)); again != string(taken) {
+				t.Fatalf("%x reads as %x %v %x, which is sent as %x", taken, op, last, data, again)
+			}
+		}
+	})
+}
+
+// An iotest reads a byte at a time.
+type iotest struct{ io.Reader }
+
+func (r iotest) Read(b []byte) (int, error) { return r.Reader.Read(b[:min(len(b), 1)]) }
+
+// pythonReader hears the room through Debian's websockets, coming back as /stream's readers do: to the
+// next address, with the last id. It prints each text, "(gap)" if there was one, and how a post of its
+// own was answered; after the text "last" it ends.
+const pythonReader = `
+import asyncio, json, sys, websockets
+async def hear(urls):
+    last, n, got = "", 0, []
+    while not got or got[-1] != "last":
+        try:
+            async with websockets.connect(urls[n % len(urls)] + "/ws?after=" + last, close_timeout=1) as room:
+                print("(open)", flush=True)
+                async for event in room:
+                    lines = event.rstrip("\n").split("\n")
+                    fields = dict(line.split(": ", 1) if ": " in line else (line[:-1], "") for line in lines)
+                    last = fields.get("id", last)
+                    if fields.get("event") == "gap":
+                        got.append("(gap)")
+                    elif "event" not in fields:
+                        got.append(fields["data"].split(": ", 1)[1])
+                    if got and got[-1] == "last":
+                        return got
+        except (OSError, websockets.WebSocketException) as e:
+            print("(%s)" % type(e).__name__, file=sys.stderr, flush=True)
+        n += 1
+        await asyncio.sleep(0.05)
+print("\n".join(asyncio.run(hear(sys.argv[1:]))))
+`
+
+// pythonWriter posts through one WebSocket, each text under a key of its own, and every third again.
+const pythonWriter = `
+import asyncio, json, sys, websockets
+async def post(room, key, text):
+    await room.send("id: %s\ndata: %s\n\n" % (key, text))
+    while True:
+        event = await room.recv()
+        if event.startswith("event: reply\n"):
+            return json.loads(event.split("data: ", 1)[1])
+async def main(url, n):
+    async with websockets.connect(url + "/ws", ping_interval=0.2) as room:
+        for i in range(n):
+            key = "key-of-a-message-%04d" % i
+            answers = [await post(room, key, "text %d" % i) for _ in range(1 + (i % 3 == 0))]
+            assert all(a["status"] == 204 and a["id"].split("~")[0] == key for a in answers), answers
+            assert len(set(a["id"] for a in answers)) == 1, answers
+        for text in ["", "x" * 4001]:
+            print(json.dumps(await post(room, "key-of-another-one-1", text)))
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+`
+
+// python is a command for a program that uses Debian's websockets.
+func python(t testing.TB, program string, args ...string) *exec.Cmd {
+	t.Helper()
+	const path = "/usr/bin/python3" // Debian's, whatever other there is
+	if err := exec.Command(path, "-c", "import websockets").Run(); err != nil {
+		need(t, "python3 with websockets", "apt-get install python3-websockets")
+	}
+	return exec.Command(path, append([]string{"-c", program}, args...)...)
+}
+
+// ws is the address of a room for WebSockets.
+func (p *program) ws() string { return "ws" + strings.TrimPrefix(p.url, "http") }
+
+// changing says 500 texts to a room of three processes, the last of which stays. The first is told to
+// end and the second is killed on the way. It returns what was said; halfway is called when the first
+// texts are in.
+func changing(t *testing.T, processes []*program) (want []string) {
+	t.Helper()
+	c := newClient(t, processes[2].url)
+	for i := range 500 {
+		text := fmt.Sprint("text ", i)
+		c.say(text)
+		want = append(want, text)
+		switch i {
+		case 150:
+			processes[0].signal("TERM")
+			if err := processes[0].wait(patience); err != nil {
+				t.Errorf("SIGTERM ends it with %v", err)
+			}
+		case 330:
+			processes[1].kill()
+		}
+		time.Sleep(2 * time.Millisecond) // so that they come in many pieces
+	}
+	c.say("last")
+	return append(want, "last")
+}
+
+func TestWebSocketOfPython(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	var processes []*program
+	var urls []string
+	for range 3 {
+		p := startProcess(t, "-redis", r.addr).joined()
+		processes, urls = append(processes, p), append(urls, p.ws())
+	}
+	reader := launch(t, python(t, pythonReader, urls...))
+	eventually(t, "Python to listen", func() bool { return strings.Contains(reader.out.String(), "(open)") })
+	want := changing(t, processes)
+	if err := reader.wait(patience); err != nil {
+		t.Fatalf("the reader ended with %v", err)
+	}
+	got := slices.DeleteFunc(strings.Split(strings.TrimSpace(reader.out.String()), "\n"), func(line string) bool { return line == "(open)" })
+	if !slices.Equal(got, want) || strings.Count(reader.out.String(), "(open)") < 3 {
+		t.Errorf("it heard %d texts over %d connections, want %d, in order:\n%.2000q", len(got), strings.Count(reader.out.String(), "(open)"), len(want), got)
+	}
+
+	c := newClient(t, processes[2].url)
+	before := len(r.history())
+	out, err := python(t, pythonWriter, processes[2].ws(), "60").CombinedOutput()
+	if err != nil || strings.Count(string(out), `"status": 4`) != 2 || strings.Count(string(out), `"reason": "`) != 2 {
+		t.Errorf("posting through a WebSocket: %v\n%s", err, out)
+	}
+	if got := c.newcomer(); len(r.history()) != before+60 || !slices.Equal(got[len(got)-2:], []string{"text 58", "text 59"}) {
+		t.Errorf("60 posts, some of them sent twice, are %d more in Redis", len(r.history())-before)
+	}
+}
+
+// browserReader does the same in a browser, and posts.
+const browserReader = `
+const [urls, window_] = [arguments[0], window];
+window_.got = []; window_.opened = 0; window_.codes = []; window_.replies = [];
+let last = "", n = 0;
+const open = () => {
+	const room = window_.room = new WebSocket(urls[n++ % urls.length] + "/ws?after=" + encodeURIComponent(last));
+	room.onopen = () => window_.opened++;
+	room.onmessage = ({ data }) => {
+		const field = (name) => (data.match(new RegExp("^" + name + ": ?(.*)$", "m")) || [])[1];
+		last = field("id") ?? last;
+		if (field("event") === "reply") window_.replies.push(JSON.parse(field("data")));
+		else if (field("event") === "gap") window_.got.push("(gap)");
+		else if (field("event") === undefined) window_.got.push(field("data").replace(/^.*?: /, ""));
+	};
+	room.onclose = ({ code }) => { window_.codes.push(code); if (window_.got.at(-1) !== "last") setTimeout(open, 50); };
+};
+open();
+`
+
+func TestWebSocketOfChromium(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	port := freePort(t)
+	stays := startProcess(t, "-redis", r.addr, "-addr", "127.0.0.1:"+port).joined()
+	processes, urls := []*program{nil, nil, stays}, []string{"", "", stays.ws()}
+	for i := range 2 {
+		processes[i] = startProcess(t, "-redis", r.addr, "-origin", stays.url).joined()
+		urls[i] = processes[i].ws()
+	}
+	b := startBrowser(t)
+	b.open(stays.url + "/healthz") // a page without a Content-Security-Policy, of an origin that all know
+	js[any](b, browserReader, urls)
+	b.wait("Chromium to listen", "window.opened === 1")
+	want := changing(t, processes)
+	b.waitFor("the last text", patience, "window.got.at(-1) === 'last'")
+	if got := js[[]string](b, "return window.got"); !slices.Equal(got, want) {
+		t.Errorf("it heard %d texts, want %d, in order:\n%.2000q", len(got), len(want), got)
+	}
+	if codes := js[[]int](b, "return window.codes"); len(codes) < 2 || codes[0] != 1001 || codes[1] != 1006 {
+		t.Errorf("the WebSockets ended with %v, want 1001 for SIGTERM and 1006 for SIGKILL first", codes)
+	}
+
+	js[any](b, `for (let i = 0; i < 20; i++) for (let again = 0; again < 2; again++)
+		window.room.send("id: key-of-a-message-" + String(i).padStart(4, "0") + "\ndata: 你好 " + i);
+		window.room.send("no event")`)
+	b.wait("all replies", "window.replies.length === 41")
+	answers := js[[]outcome](b, "return window.replies")
+	for i, a := range answers[:40] {
+		if want := fmt.Sprintf("key-of-a-message-%04d", i/2); a.Status != 204 || nameOf(a.ID) != want || a.ID != answers[i/2*2].ID {
+			t.Errorf("post %d is answered %+v, want 204 and the id of %s", i, a, want)
+		}
+	}
+	if answers[40].Status != 400 {
+		t.Errorf("what is no event is answered %+v", answers[40])
+	}
+	if got := newClient(t, stays.url).newcomer(); len(r.history()) != len(want)+20 || got[len(got)-1] != "你好 19" {
+		t.Errorf("20 posts, each sent twice, are %d in Redis", len(r.history())-len(want))
+	}
+	js[any](b, "window.room.close(3001, 'bye')")
+	b.wait("an answer to a close", "window.codes.at(-1) === 3001")
+
+	// A page of another site is refused, with whatever cookies it has.
+	js[any](b, "const other = new WebSocket(arguments[0] + '/ws'); other.onclose = () => window.refused = other.readyState; other.onopen = () => window.refused = 'open'",
+		"ws://localhost:"+port)
+	b.wait("another site to be refused", "window.refused === 3")
+
+	// The chat page's own policy lets a console open one.
+	b.open(stays.url + "/login")
+	js[any](b, "const room = new WebSocket('ws://' + location.host + '/ws'); room.onmessage = () => window.heard = true")
+	b.wait("a page of the room to hear it", "window.heard")
+}
+
+// Behind the proxies of the documents a WebSocket works as without: the session, the end, and /stream
+// beside it.
+func TestWebSocketBehindProxies(t *testing.T) {
+	t.Parallel()
+	twoServers := func(t *testing.T, block string, oldnew ...string) (text string, rooms []*program) {
+		t.Helper()
+		r := startRedis(t)
+		for _, port := range []string{"127.0.0.1:8989", "127.0.0.1:8990"} {
+			room := startProcess(t, "-redis", r.addr).joined()
+			rooms, oldnew = append(rooms, room), append(oldnew, port, strings.TrimPrefix(room.url, "http://"))
+		}
+		return adapt(t, block, oldnew...), rooms
+	}
+	for _, test := range []struct {
+		name  string
+		start func(t *testing.T) (addr string, rooms []*program)
+	}{
+		{"nginx and one process", func(t *testing.T) (string, []*program) {
+			return behindNginx(t, "", ""), nil
+		}},
+		{"nginx and two", func(t *testing.T) (addr string, rooms []*program) {
+			addr, _ = serve(t, func(addr string) *exec.Cmd {
+				var block string
+				block, rooms = twoServers(t, blocks(t, "nginx")[1], "listen 443 ssl http2;", "listen "+addr+";",
+					"listen 80;", "listen 127.0.0.3:"+freePort(t)+";", "listen [::]:80;", "", "listen [::]:443 ssl http2;", "")
+				return nginx(t, "", regexp.MustCompile(`ssl_certificate\w* [^;]*;`).ReplaceAllString(block, ""))
+			})
+			return addr, rooms
+		}},
+		{"Caddy and two", func(t *testing.T) (addr string, rooms []*program) {
+			caddy, dir := need(t, "caddy", "apt-get install caddy"), t.TempDir()
+			addr, _ = serve(t, func(addr string) *exec.Cmd {
+				var block string
+				block, rooms = twoServers(t, blocks(t, "caddyfile")[0], "chat.example.org {", "http://"+addr+" {")
+				cmd := exec.Command(caddy, "run", "--adapter", "caddyfile", "--config", writeFile(t, filepath.Join(dir, "Caddyfile"), "{\n\tadmin off\n}\n"+block))
+				cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
+				return cmd
+			})
+			return addr, rooms
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			addr, rooms := test.start(t)
+			c := newClient(t, "http://"+addr)
+			eventually(t, "the proxy to answer", func() bool {
+				resp, err := c.send(context.Background(), "GET", "/healthz", "")
+				if err == nil {
+					resp.Body.Close()
+				}
+				return err == nil && resp.StatusCode == 200
+			})
+			c.login("小明")
+			session := "Cookie: " + c.session().Name + "=" + c.session().Value
+			own := []string{"Host: " + addr, session, "Origin: http://" + addr}
+			live, p := c.stream("", ""), c.socket("", own...)
+			live.until("ping")
+			p.until("(ping)")
+			for i := range 5 { // each arrives by itself, both ways
+				text := fmt.Sprint("one by one ", i)
+				p.send(say(text), masked(0x89, text))
+				live.hears("小明: " + text)
+				got := []string{p.word(), p.word(), p.word()}
+				slices.Sort(got)
+				if want := []string{text, "pong " + text, "reply 204"}; !slices.Equal(got, want) {
+					t.Fatalf("got %q, want %q", got, want)
+				}
+			}
+			if got := rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Origin: http://other.example")); got.status != 403 {
+				t.Errorf("a page of another site gets %d, want 403", got.status)
+			}
+			if got := rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Upgrade:")); got.status != 426 {
+				t.Errorf("without a handshake comes %d, want 426", got.status)
+			}
+			p.send(masked(0x88, "\x0b\xb9"))
+			if got := p.until("close 3001"); len(got) != 1 || p.word() != "end" {
+				t.Errorf("a close is answered %q", got)
+			}
+
+			if rooms == nil {
+				return
+			}
+			all := c.poll("")
+			after := "after=" + all[len(all)-1].id
+			two := []*peer{c.socket(after, own...), c.socket(after, own...)}
+			for _, p := range two {
+				p.until("(ping)")
+			}
+			rooms[0].signal("TERM")
+			rooms[0].wait(patience)
+			c.insist("after")
+			for _, p := range two { // each at either process
+				got := []string{p.word()}
+				if got[0] == "(ping)" {
+					got = append(got, p.word(), p.word())
+				}
+				if !slices.Equal(got, []string{"after"}) && !slices.Equal(got, []string{"(ping)", "close 1001", "end"}) {
+					t.Errorf("when a process ends comes %q", got)
+				}
+			}
+		})
+	}
+}
+
+// What the documents show of a browser's console and of Python is run.
+func TestWebSocketInDocuments(t *testing.T) {
+	t.Parallel()
+	room := startRoom(t)
+	c := newClient(t, room.url)
+	live := c.stream("", "")
+	here := strings.NewReplacer("localhost:8989", strings.TrimPrefix(room.url, "http://"))
+
+	cmd := python(t, "")
+	cmd.Args = []string{cmd.Path, "-m", "asyncio"}
+	typed, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	shell := launch(t, cmd)
+	io.WriteString(typed, here.Replace(blocks(t, "python")[0])+"\n")
+	live.hears("anonymous: hello from Python")
+	eventually(t, "Python to print the message and the reply", func() bool {
+		out := shell.out.String()
+		return strings.Contains(out, "anonymous: hello from Python") && strings.Contains(out, `{"status":204,"id":"`)
+	})
+
+	b := startBrowser(t)
+	b.open(room.url + "/login")
+	js[any](b, "window.said = []; console.log = (text) => window.said.push(text)")
+	js[any](b, here.Replace(blocks(t, "js")[0]))
+	live.hears("anonymous: hello from the console")
+	b.wait("the console to show the message and the reply",
+		`["anonymous: hello from the console", '{"status":204,"id":"'].every((part) => said.some((text) => text.includes(part)))`)
+}
+
+// BenchmarkWebSocket is the fan-out to 2000 readers through WebSockets beside the same through /stream,
+// from a process of its own on the first processor, as in BenchmarkBeside. In a burst what a delivery
+// costs depends most of all on how many messages go out at once, so compare where that is alike.
+func BenchmarkWebSocket(b *testing.B) {
+	for _, mode := range []struct {
+		name  string
+		every time.Duration
+	}{{"burst", 0}, {"steady", 20 * time.Millisecond}} {
+		for name, request := range map[string]string{"stream": rawGet("/stream"), "websocket": shake("/ws")} {
+			b.Run(mode.name+"/"+name, func(b *testing.B) {
+				addr, pid := pinnedRoom(b)
+				var seen, reads atomic.Int64 // messages, by the words of markText; in so many reads
+				enter := func(n int) {
+					for range n {
+						conn, err := net.Dial("tcp", addr)
+						if err != nil {
+							b.Fatal(err)
+						}
+						b.Cleanup(func() { conn.Close() })
+						io.WriteString(conn, request)
+						buf := make([]byte, 4096)
+						if n, err := conn.Read(buf); err != nil || n == 0 {
+							b.Fatalf("the answer has no head: %v", err)
+						}
+						go func() {
+							for {
+								n, err := conn.Read(buf)
+								if err != nil {
+									return
+								}
+								reads.Add(1)
+								seen.Add(int64(bytes.Count(buf[:n], []byte("~"))))
+							}
+						}()
+					}
+				}
+				const readers, few, marks = 2000, 100, 2 // of a message: in its id, and in its text
+				enter(few)                               // what all readers share is there now
+				_, before := used(b, pid)
+				enter(readers)
+				cpu, memory := used(b, pid)
+				seen.Store(0)
+				reads.Store(0)
+				b.ResetTimer()
+				publish(b, "http://"+addr+"/post", mode.every)
+				deliveries := b.N * (few + readers)
+				for end := time.Now().Add(time.Minute); seen.Load() < int64(deliveries*marks) && time.Now().Before(end); {
+					time.Sleep(time.Millisecond)
+				}
+				if seen.Load() < int64(deliveries*marks) {
+					b.Fatalf("%d of %d deliveries came", seen.Load()/marks, deliveries)
+				}
+				after, _ := used(b, pid)
+				b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(deliveries), "cpu-ns/delivery")
+				b.ReportMetric(float64(deliveries)/float64(reads.Load()), "messages/read")
+				b.ReportMetric(float64(memory-before)/readers, "B/reader")
+			})
 		}
 	}
 }
