@@ -4581,25 +4581,16 @@ func TestLateAttempts(t *testing.T) {
 	r.holds(all, at...)
 }
 
-// TestStoppedRedis: what cannot be confirmed is 503, and the retry under its key is free. At shutdown
-// who waits is told.
-func TestStoppedRedis(t *testing.T) {
+// TestShutdownWithoutRedis: at the end who waits for Redis is told, and a process that waits for the list
+// does not.
+func TestShutdownWithoutRedis(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
-	room := r.room("-rate", "5")
-	c := newClient(t, room.url)
-	r.signal("STOP")
-	start := time.Now()
-	c.refused("slow", 20*time.Second)
-	if took := time.Since(start); took < confirmTimeout/2 {
-		t.Errorf("with Redis stopped it is refused after %v, want %v", took, confirmTimeout)
-	}
-	r.signal("CONT")
-	room.joined()
-	for range 20 { // more than the rate lets pass
-		c.insist("slow")
-	}
-	r.holds([]string{"slow"}, c)
+	line := newRelay(t, r.addr)
+	held := line.holdBefore(wantsList)
+	joining := startRoom(t, "-redis", line.addr)
+	eventually(t, "the list to be asked for", held)
+	room := r.room()
 	r.signal("STOP")
 	var waiting []*bufio.Reader
 	for range 3 { // one waits to be confirmed, the others to be sent
@@ -4609,29 +4600,19 @@ func TestStoppedRedis(t *testing.T) {
 		waiting = append(waiting, in)
 	}
 	eventually(t, "a post to be sent", func() bool { return r.unread() > 0 })
+	start := time.Now()
 	room.interrupt()
 	for _, in := range waiting { // each is told: a connection that is cut off gives no answer
 		if resp, err := http.ReadResponse(in, nil); err != nil || resp.StatusCode != 503 {
 			t.Errorf("a post that waits at shutdown: got %v, %v, want 503", resp, err)
 		}
 	}
-	if err := room.wait(patience); err != nil {
-		t.Errorf("shutdown with Redis stopped: %v", err)
+	for _, p := range []*program{room, joining} {
+		if err := p.stop(); err != nil || time.Since(start) > 10*time.Second {
+			t.Errorf("it ended with %v after %v, want nil at once", err, time.Since(start))
+		}
 	}
 	r.signal("CONT")
-}
-
-// TestShutdownWhileJoining: Redis keeps a process waiting for the list.
-func TestShutdownWhileJoining(t *testing.T) {
-	t.Parallel()
-	line := newRelay(t, startRedis(t).addr)
-	held := line.holdBefore(wantsList)
-	room := startRoom(t, "-redis", line.addr)
-	eventually(t, "the list to be asked for", held)
-	start := time.Now()
-	if err := room.stop(); err != nil || time.Since(start) > 10*time.Second {
-		t.Errorf("it ended with %v after %v, want nil at once", err, time.Since(start))
-	}
 }
 
 // TestAnswerOfExecLost breaks a room's connections to Redis when EXEC has run and before its
@@ -10588,13 +10569,13 @@ func BenchmarkWebSocket(b *testing.B) {
 									return
 								}
 								reads.Add(1)
-								seen.Add(int64(bytes.Count(buf[:n], []byte("~"))))
+								seen.Add(int64(bytes.Count(buf[:n], []byte("^"))))
 							}
 						}()
 					}
 				}
-				const readers, few, marks = 2000, 100, 2 // of a message: in its id, and in its text
-				enter(few)                               // what all readers share is there now
+				const readers, few = 2000, 100
+				enter(few) // what all readers share is there now
 				_, before := used(b, pid)
 				enter(readers)
 				cpu, memory := used(b, pid)
@@ -10603,11 +10584,11 @@ func BenchmarkWebSocket(b *testing.B) {
 				b.ResetTimer()
 				publish(b, "http://"+addr+"/post", mode.every)
 				deliveries := b.N * (few + readers)
-				for end := time.Now().Add(time.Minute); seen.Load() < int64(deliveries*marks) && time.Now().Before(end); {
+				for end := time.Now().Add(time.Minute); seen.Load() < int64(deliveries) && time.Now().Before(end); {
 					time.Sleep(time.Millisecond)
 				}
-				if seen.Load() < int64(deliveries*marks) {
-					b.Fatalf("%d of %d deliveries came", seen.Load()/marks, deliveries)
+				if seen.Load() < int64(deliveries) {
+					b.Fatalf("%d of %d deliveries came", seen.Load(), deliveries)
 				}
 				after, _ := used(b, pid)
 				b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(deliveries), "cpu-ns/delivery")
@@ -11432,7 +11413,7 @@ func allMatches(re *regexp.Regexp, text string) (all []string) {
 }
 
 // A crowd is readers on connections of their own, who count the messages that reach them. Each
-// message of a benchmark has one "~", and after it the nanoseconds at which it was posted, as
+// message of a benchmark has one "^", and after it the nanoseconds at which it was posted, as
 // markText writes them.
 type crowd struct {
 	readers    int
@@ -11443,7 +11424,7 @@ type crowd struct {
 }
 
 func markText() string {
-	return fmt.Sprintf("~%d is when this was posted, as long as people write in class", time.Now().UnixNano())
+	return fmt.Sprintf("^%d is when this was posted, as long as people write in class", time.Now().UnixNano())
 }
 
 // gather connects readers and waits until each has the head of its answer.
@@ -11477,8 +11458,8 @@ func (c *crowd) read(conn net.Conn, late chan<- time.Duration) {
 			return
 		}
 		c.size.Add(int64(n))
-		got := int64(bytes.Count(buf[:n], []byte("~")))
-		if _, after, found := bytes.Cut(buf[:n], []byte("~")); found && len(after) >= 19 {
+		got := int64(bytes.Count(buf[:n], []byte("^")))
+		if _, after, found := bytes.Cut(buf[:n], []byte("^")); found && len(after) >= 19 {
 			posted, _ := strconv.ParseInt(string(after[:19]), 10, 64)
 			select {
 			case late <- time.Since(time.Unix(0, posted)):
