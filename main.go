@@ -2652,25 +2652,28 @@ func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 		return "", why
 	}
 	p := &post{e, make(chan error, 1)}
-	outgoing, sent := b.outgoing, false
-	for {
+	select {
+	case b.outgoing <- p:
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+	select { // not the log yet, which would wake every post that waits at each one that comes
+	case err = <-p.done:
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	for err == nil {
 		id, wake := b.log.has(key)
-		if id != "" && sent {
+		if id != "" {
 			return id, nil
 		}
 		select {
-		case outgoing <- p:
-			outgoing = nil
-		case err := <-p.done:
-			if err != nil {
-				return "", err
-			}
-			sent = true
 		case <-wake:
 		case <-ctx.Done():
-			return "", ctx.Err()
+			err = ctx.Err()
 		}
 	}
+	return "", err
 }
 
 // reconcile agrees on one log. mine is what this process has, list what Redis has, oldest first,
