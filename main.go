@@ -168,6 +168,8 @@ const (
 	idleTimeout    = 75 * time.Second // longer than a proxy's usual minute: the proxy closes first
 
 	heartbeat    = 15 * time.Second       // silence after which every stream gets a ping
+	paceEach     = 20 * time.Microsecond  // from one round of readers to the next, for each of them,
+	paceMost     = 50 * time.Millisecond  // and at most
 	writeTimeout = 30 * time.Second       // for a reader to take one block
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
@@ -540,19 +542,25 @@ func (r *room) next(c *cursor) news {
 // each holds a position and reads on from there, so a newcomer, a reader that comes back, a slow
 // one and a live one are the same, and no reader costs the log anything.
 //
-// Whoever waits, waits on a channel that is closed at the next event. An id names one entry: a
-// second one under the same key is dropped. A log can be built anew from another list of entries;
-// it then begins a new ring, and each cursor is carried over from the ring that it stands in.
+// Who waits, waits on a channel that is closed at the next event. For readers events come in rounds:
+// what is new after a pause wakes them at once, and the next round begins when this one has had time
+// to be written, so that a flood costs fewer and longer writes. An id names one entry: a second one
+// under the same key is dropped. A log can be built anew from another list of entries; it then
+// begins a new ring, and each cursor is carried over from the ring that it stands in.
 type Log struct {
 	size    int // entries held
 	history int // messages a newcomer gets
 
-	mu     sync.Mutex // guards all below, and the ring's content
-	ring   *ring      // nil until the log is built for the first time
-	wake   chan struct{}
-	beat   *time.Timer // beats after silence
-	beats  uint64      // so often; wake is closed at each, too
-	closed bool
+	mu      sync.Mutex    // guards all below, and the ring's content
+	ring    *ring         // nil until the log is built for the first time
+	added   chan struct{} // closed at the next entry; nil when nobody waits for one
+	wake    chan struct{} // closed at the next round
+	waiting int           // readers that this will wake
+	rest    time.Time     // no round begins before
+	due     bool          // there is something new, and timer begins a round for it
+	timer   *time.Timer   // else it beats after silence
+	beats   uint64        // so often; each is a round, too
+	closed  bool
 }
 
 // A ring is the entries of a log between two times that it was built.
@@ -640,21 +648,39 @@ type news struct {
 // newLog returns a log of which nobody gets anything until it is built.
 func newLog(size, history int) *Log {
 	l := &Log{size: size, history: history, wake: make(chan struct{})}
-	l.beat = time.AfterFunc(heartbeat, func() {
+	l.timer = time.AfterFunc(heartbeat, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		l.beats++
-		l.broadcast()
+		if !l.due {
+			l.beats++
+		}
+		l.round()
 	})
 	return l
 }
 
-// broadcast wakes everybody who waits. The caller holds mu.
+// broadcast wakes everybody who waits: the readers when their next round may begin. The caller
+// holds mu.
 func (l *Log) broadcast() {
+	if l.added != nil {
+		close(l.added)
+		l.added = nil
+	}
+	if wait := time.Until(l.rest); wait <= 0 {
+		l.round()
+	} else if !l.due {
+		l.due = true
+		l.timer.Reset(wait)
+	}
+}
+
+// round wakes the readers. The caller holds mu.
+func (l *Log) round() {
 	close(l.wake)
-	l.wake = make(chan struct{})
+	l.rest = time.Now().Add(min(time.Duration(l.waiting)*paceEach, paceMost))
+	l.wake, l.waiting, l.due = make(chan struct{}), 0, false
 	if !l.closed {
-		l.beat.Reset(heartbeat)
+		l.timer.Reset(heartbeat)
 	}
 }
 
@@ -721,25 +747,30 @@ func (l *Log) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closed = true
-	l.beat.Stop()
-	l.broadcast()
+	l.timer.Stop()
+	l.round()
 }
 
-// has returns the id of the entry with this key, "" if there is none, and then what to wait on.
-func (l *Log) has(key string) (id string, wake <-chan struct{}) {
+// idOf returns the id of the entry with this key, "" if there is none.
+func (l *Log) idOf(key string) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ring != nil {
 		if pos, known := l.ring.index[key]; known {
-			return l.ring.at(pos).id, nil
+			return l.ring.at(pos).id
 		}
 	}
-	return "", l.wake
+	return ""
 }
 
-func (l *Log) idOf(key string) string {
-	id, _ := l.has(key)
-	return id
+// more returns what is closed at the next entry.
+func (l *Log) more() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.added == nil {
+		l.added = make(chan struct{})
+	}
+	return l.added
 }
 
 // read returns what is next for a reader, at most a block, and moves the cursor behind it. A reader
@@ -775,6 +806,9 @@ func (l *Log) read(c *cursor, final bool) (n news) {
 	n.more = !n.unknown && c.pos < r.next
 	n.ended = l.closed && !n.more
 	n.wake = l.wake
+	if !n.more {
+		l.waiting++
+	}
 	return n
 }
 
@@ -2663,12 +2697,12 @@ func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 		err = ctx.Err()
 	}
 	for err == nil {
-		id, wake := b.log.has(key)
-		if id != "" {
+		more := b.log.more()
+		if id := b.log.idOf(key); id != "" {
 			return id, nil
 		}
 		select {
-		case <-wake:
+		case <-more:
 		case <-ctx.Done():
 			err = ctx.Err()
 		}

@@ -1322,6 +1322,67 @@ func TestLogManyReaders(t *testing.T) {
 	})
 }
 
+// What comes after a pause is read at once. The next round begins when the one before has had its
+// time, and holds all that came meanwhile; nothing but readers waits for it.
+func TestRounds(t *testing.T) {
+	for _, test := range []struct {
+		readers int
+		pause   time.Duration
+	}{{1, 20 * time.Microsecond}, {30, 600 * time.Microsecond}, {2000, 40 * time.Millisecond}, {4000, 50 * time.Millisecond}} {
+		synctest.Test(t, func(t *testing.T) {
+			l := newTestLog(t, 0)
+			var start time.Time
+			told := map[string]int{} // "when what", to how many readers
+			var mu sync.Mutex
+			read := func() {
+				for c, ended := (cursor{after: ""}), false; !ended; {
+					n := l.read(&c, true)
+					if len(n.frames) > 0 {
+						mu.Lock()
+						told[fmt.Sprint(time.Since(start), heard(slices.Collect(events(bytes.NewReader(n.frames)))))]++
+						mu.Unlock()
+					}
+					if ended = n.ended; !ended && !n.more {
+						<-n.wake
+					}
+				}
+			}
+			for range test.readers {
+				go read()
+			}
+			synctest.Wait()
+			time.Sleep(heartbeat - time.Second)
+			start = time.Now()
+			more := l.more()
+			for i := range 9 { // at 0, 1/4, 2/4, ... of the pause
+				if i%4 != 0 || i == 0 {
+					l.append(numbered(i, i+1)[0])
+					synctest.Wait()
+					select {
+					case <-more:
+						more = l.more()
+					default:
+						t.Errorf("%d readers: a post waits for a round", test.readers)
+					}
+				}
+				time.Sleep(test.pause / 4)
+			}
+			l.append(numbered(9, 10)[0])
+			l.close() // does not wait either
+			synctest.Wait()
+			want := map[string]int{
+				"0s [line 0]": test.readers,
+				fmt.Sprint(test.pause, " [line 1 line 2 line 3]"):   test.readers,
+				fmt.Sprint(2*test.pause, " [line 5 line 6 line 7]"): test.readers,
+				fmt.Sprint(test.pause/4*9, " [line 9]"):             test.readers,
+			}
+			if !maps.Equal(told, want) {
+				t.Errorf("%d readers: told %v, want %v", test.readers, told, want)
+			}
+		})
+	}
+}
+
 // ---- stream ----
 
 // watch runs a stream over a pipe, in a bubble of synctest, until it ends or the time is over, and
