@@ -546,13 +546,14 @@ func (r *room) next(c *cursor) news {
 // what is new after a pause wakes them at once, and the next round begins when this one has had time
 // to be written, so that a flood costs fewer and longer writes. An id names one entry: a second one
 // under the same key is dropped. A log can be built anew from another list of entries; it then
-// begins a new ring, and each cursor is carried over from the ring that it stands in.
+// begins a new ring, in which each reader goes on behind the entry that it had last.
 type Log struct {
 	size    int // entries held
 	history int // messages a newcomer gets
 
 	mu      sync.Mutex    // guards all below, and the ring's content
 	ring    *ring         // nil until the log is built for the first time
+	built   uint64        // how often it was
 	added   chan struct{} // closed at the next entry; nil when nobody waits for one
 	wake    chan struct{} // closed at the next round
 	waiting int           // readers that this will wake
@@ -614,11 +615,11 @@ func (e entry) base() (id string, foreign bool) {
 func (e entry) act() bool { return strings.HasPrefix(e.line, "!") && !strings.Contains(e.id, ".") }
 func (e entry) gap() bool { return e.line == gapLine && e.act() }
 
-// A cursor is the place of one reader. Only its reader uses it.
+// A cursor is the place of one reader: an id, and where that is in the ring. Only its reader uses it.
 type cursor struct {
-	after string          // until the place is found: the id that it has, "" for a newcomer
-	trip  <-chan struct{} // until then: closed when a round trip shows that the id is nowhere
-	ring  *ring           // nil until the place is found
+	after string          // id of the entry it had last; "0" at the beginning, "" for a newcomer
+	trip  <-chan struct{} // closed when a round trip shows that this id is nowhere
+	built uint64          // the ring that pos is a position in, as Log.built; 0: not found yet
 	pos   uint64          // position to read next
 	told  uint64          // gaps before this position it was told, or came after
 	goal  uint64          // where the log ended when it found its place, or was told a gap
@@ -626,12 +627,7 @@ type cursor struct {
 }
 
 // lost is the position of a reader whose place is not in the log.
-const lost = math.MaxUint64
-
-// restart makes the reader a newcomer who begins at pos.
-func (c *cursor) restart(r *ring, pos uint64) {
-	c.ring, c.pos, c.told, c.goal = r, pos, r.next, r.next
-}
+const lost uint64 = math.MaxUint64
 
 // News is what a reader is to be told next.
 type news struct {
@@ -709,13 +705,8 @@ func (l *Log) rebuild(entries []entry, cut bool) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if old := l.ring; old != nil { // a stalled reader may keep it for long; it needs the ids alone
-		old.block = nil
-		for i := range old.slots {
-			old.slots[i].line, old.slots[i].block = "", nil
-		}
-	}
 	l.ring = r
+	l.built++
 	l.broadcast()
 }
 
@@ -783,23 +774,23 @@ func (l *Log) read(c *cursor, final bool) (n news) {
 	beat := c.beats != l.beats
 	c.beats = l.beats
 	n.unknown = !l.place(c, final)
-	r := c.ring
+	r := l.ring
 	switch {
 	case n.unknown:
 	case c.pos < r.oldest || c.pos > r.next:
-		c.restart(r, r.recent(l.history))
+		l.restart(c, r.recent(l.history))
 		n.frames, n.gap = gapFrame, true
 	default:
 		for c.pos < min(r.next, c.told) && r.at(c.pos).gap() {
 			c.pos++
 		}
-		if c.pos == r.next {
-			break
+		if c.pos < r.next {
+			s := r.at(c.pos)
+			n.frames, n.gap = s.block.buf[s.off:], s.gap()
+			c.pos = s.block.next
 		}
-		s := r.at(c.pos)
-		n.frames, n.gap = s.block.buf[s.off:], s.gap()
-		if c.pos = s.block.next; n.gap {
-			c.restart(r, min(c.pos, r.recent(l.history)))
+		if c.after = r.before(c.pos); n.gap {
+			l.restart(c, min(c.pos, r.recent(l.history)))
 		}
 	}
 	n.ping = beat && len(n.frames) == 0
@@ -812,44 +803,32 @@ func (l *Log) read(c *cursor, final bool) (n news) {
 	return n
 }
 
-// place finds where a reader goes on: after the id it has, at the beginning for "0", with the
-// history for ""; in a log that was built anew, where it stood before. It returns false while that
-// is not known. The caller holds mu.
+// place finds where in the ring a reader goes on: behind the id it has, at the beginning for "0",
+// with the history for "". It returns false while that is not known. The caller holds mu.
 func (l *Log) place(c *cursor, final bool) bool {
 	r := l.ring
-	if r == nil || c.ring == r {
+	if c.built == l.built {
 		return r != nil
 	}
-	if c.ring == nil && c.after == "" {
-		c.restart(r, r.recent(l.history))
+	if c.after == "" {
+		l.restart(c, r.recent(l.history))
 		return true
 	}
-	pos, known := uint64(lost), false
-	if c.ring == nil {
-		if valid := c.after == "0" || validID(c.after); valid {
-			pos, known = r.behind(c.after)
-			if !known && !final {
-				return false
-			}
+	pos := lost
+	if c.after == "0" || validID(c.after) {
+		if pos = r.behind(c.after); pos == lost && !final {
+			return false
 		}
-	} else {
-		pos, known = r.carry(c.ring, c.pos)
 	}
-	if !known {
-		pos = lost
-	}
-	*c = cursor{ring: r, pos: pos, goal: r.next, beats: c.beats}
+	*c = cursor{after: c.after, built: l.built, pos: pos, goal: r.next, beats: c.beats}
 	return true
 }
 
-// before returns the id with which a reader at the cursor comes back; "" if that is not known.
-func (l *Log) before(c *cursor) string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if c.ring == nil {
-		return ""
-	}
-	return c.ring.before(c.pos)
+// restart makes the reader a newcomer who begins at pos. The caller holds mu.
+func (l *Log) restart(c *cursor, pos uint64) {
+	next := l.ring.next
+	*c = cursor{after: l.ring.before(pos), built: l.built, pos: pos, told: next, goal: next,
+		beats: c.beats}
 }
 
 func newRing(size int) *ring {
@@ -880,19 +859,19 @@ func (r *ring) add(e entry, frame []byte) {
 	r.block.next = r.next
 }
 
-// behind returns the position after an id. A foreign line that is not here is looked for by the
-// announced one before it.
-func (r *ring) behind(id string) (pos uint64, known bool) {
+// behind returns the position after an id, or lost. A foreign line that is not here is looked for by
+// the announced one before it.
+func (r *ring) behind(id string) uint64 {
 	if id == "0" {
-		return 0, true
+		return 0
 	}
-	if pos, known = r.index[keyOf(id)]; known && r.at(pos).id == id {
-		return pos + 1, true
+	if pos, known := r.index[keyOf(id)]; known && r.at(pos).id == id {
+		return pos + 1
 	}
 	if base, foreign := (entry{id: id}).base(); foreign {
 		return r.behind(base)
 	}
-	return 0, false
+	return lost
 }
 
 // before returns the id of the entry before a position: "0" at the beginning, "" if it is not held.
@@ -904,20 +883,6 @@ func (r *ring) before(pos uint64) string {
 		return ""
 	}
 	return r.at(pos - 1).id
-}
-
-// carry returns where a position of the ring before this one is now: behind the same entry or, at
-// the end of that ring, where it is not held any more, before the same.
-func (r *ring) carry(old *ring, pos uint64) (now uint64, known bool) {
-	if id := old.before(pos); id != "" {
-		return r.behind(id)
-	}
-	if pos == old.oldest && pos < old.next {
-		id := old.at(pos).id
-		now, known = r.index[keyOf(id)]
-		return now, known && r.at(now).id == id
-	}
-	return 0, false
 }
 
 // recent returns the position before the newest messages, where a newcomer begins.
@@ -2189,7 +2154,7 @@ func (st *stream) over(n news, gap bool, sent int) bool {
 // greet writes the ping that tells the reader as of which entry it is up to date or, when a poll
 // ends early, which one was its last. Before it may come a line in the same block.
 func (st *stream) greet(line string) bool {
-	return st.write(append([]byte(line), pingAt(st.room.log.before(&st.at))...))
+	return st.write(append([]byte(line), pingAt(st.at.after)...))
 }
 
 // write writes to the reader and reports whether it could. A write, which is a block at most, has
