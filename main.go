@@ -198,7 +198,8 @@ const (
 	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
-	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room
+	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room,
+	keptRenew      = time.Hour              // which says so often that it lives
 
 	spareFiles = 24          // descriptors that connections leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken
@@ -561,6 +562,8 @@ type Log struct {
 	due     bool          // there is something new, and timer begins a round for it
 	timer   *time.Timer   // else it beats after silence
 	beats   uint64        // so often; each is a round, too
+	out     uint64        // entries that readers got,
+	bytes   uint64        // and their bytes
 	closed  bool
 }
 
@@ -723,14 +726,14 @@ func (l *Log) entries() (all []entry) {
 	return all
 }
 
-// held returns how many entries there are.
-func (l *Log) held() int {
+// numbers returns how many entries are held, how many readers got, and of how many bytes.
+func (l *Log) numbers() (held, out, bytes uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ring == nil {
-		return 0
+	if l.ring != nil {
+		held = l.ring.next - l.ring.oldest
 	}
-	return int(l.ring.next - l.ring.oldest)
+	return held, l.out, l.bytes
 }
 
 // close ends every reader once it has read to the end.
@@ -787,6 +790,7 @@ func (l *Log) read(c *cursor, final bool) (n news) {
 		if c.pos < r.next {
 			s := r.at(c.pos)
 			n.frames, n.gap = s.block.buf[s.off:], s.gap()
+			l.out, l.bytes = l.out+s.block.next-c.pos, l.bytes+uint64(len(n.frames))
 			c.pos = s.block.next
 		}
 		if c.after = r.before(c.pos); n.gap {
@@ -1176,14 +1180,15 @@ func (l *limiter) giveBack(key string) {
 	}
 }
 
-// A tally counts what the limits refuse. While they do, it tells the log once in floodPause how
-// much that was, and whose most of it.
+// A tally counts what posts were answered, and what the limits refuse. While they do, it tells the
+// log once in floodPause how much that was, and whose most of it.
 type tally struct {
 	logf func(format string, args ...any)
 
-	mu     sync.Mutex      // guards all below
-	total  map[string]int  // what was refused → how often
-	recent map[refusal]int // the same since the log was told
+	mu      sync.Mutex        // guards all below
+	answers map[string]uint64 // status → posts
+	refused map[string]uint64 // what was refused → how often
+	recent  map[refusal]int   // the same since the log was told
 }
 
 // A refusal is what was refused, and to whom.
@@ -1197,7 +1202,13 @@ func (t *tally) add(what, whose string) {
 		time.AfterFunc(floodPause, t.tell)
 	}
 	t.recent[refusal{what, whose}]++
-	t.total[what]++
+	t.refused[what]++
+}
+
+func (t *tally) answer(status int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.answers[strconv.Itoa(status)]++
 }
 
 // tell tells the log, and counts anew.
@@ -1220,11 +1231,11 @@ func (t *tally) tell() {
 	t.logf("refused in the last minute: %s", strings.Join(parts, ", "))
 }
 
-// totals returns what was refused since the start.
-func (t *tally) totals() map[string]int {
+// totals returns what posts were answered and what was refused since the start.
+func (t *tally) totals() (answers, refused map[string]uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return maps.Clone(t.total)
+	return maps.Clone(t.answers), maps.Clone(t.refused)
 }
 
 // A server is the room as HTTP shows it.
@@ -1242,7 +1253,7 @@ type server struct {
 	mux   *http.ServeMux
 
 	posts, floods, logins, guesses limiter // by session or address, and three by address
-	refused                        tally   // by these
+	tally                          tally   // of what these refuse
 
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
@@ -1270,7 +1281,8 @@ func fileLimit() int {
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf}
 	s.cut, s.cutOff = context.WithCancel(context.Background())
-	s.refused = tally{logf: logf, total: map[string]int{"logins": 0, "passwords": 0, "posts": 0}}
+	s.tally = tally{logf: logf, answers: map[string]uint64{"204": 0},
+		refused: map[string]uint64{"logins": 0, "passwords": 0, "posts": 0}}
 	s.maxConns, s.maxStreams = capacity(fileLimit())
 	s.full = limiter{every: floodPause, burst: 1}
 	if cfg.rate > 0 {
@@ -1779,7 +1791,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 	}
 	if s.cfg.password != "" {
 		if wait := s.guesses.take(from, now); wait > 0 {
-			s.refused.add("passwords", "from "+from)
+			s.tally.add("passwords", "from "+from)
 			setRetryAfter(w, wait)
 			s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 			return
@@ -1791,7 +1803,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 		s.guesses.giveBack(from)
 	}
 	if wait := s.logins.take(from, now); wait > 0 {
-		s.refused.add("logins", "from "+from)
+		s.tally.add("logins", "from "+from)
 		setRetryAfter(w, wait)
 		s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 		return
@@ -1842,6 +1854,7 @@ func (s *server) post(w http.ResponseWriter, r *http.Request) {
 // What is refused, or could not be confirmed, costs the sender nothing of the rate.
 func (s *server) take(ctx context.Context, from session, address, key, text string) (
 	status int, said string, wait time.Duration) {
+	defer func() { s.tally.answer(status) }()
 	if !validKey(key) {
 		return http.StatusBadRequest, "Idempotency-Key wants 16 to 64 of A-Z a-z 0-9 _ -", 0
 	}
@@ -1861,12 +1874,12 @@ func (s *server) take(ctx context.Context, from session, address, key, text stri
 	}
 	now := time.Now()
 	if wait := s.posts.take(from.id, now); wait > 0 {
-		s.refused.add("posts", fmt.Sprintf("by %q, %s", from.name, address))
+		s.tally.add("posts", fmt.Sprintf("by %q, %s", from.name, address))
 		return http.StatusTooManyRequests, "too fast", wait
 	}
 	if wait := s.floods.take(address, now); wait > 0 {
 		s.posts.giveBack(from.id)
-		s.refused.add("posts", "from "+address)
+		s.tally.add("posts", "from "+address)
 		return http.StatusTooManyRequests, "too much from your address", wait
 	}
 	id, err := s.room.say(ctx, key, now.Format("[15:04:05] ")+from.name+": "+text)
@@ -1924,24 +1937,37 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
-	put := func(name, help string, value int) {
-		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s gauge\n%[1]s %[3]d\n", name, help, value)
+	put := func(name, help, label string, values map[string]uint64) {
+		kind := map[bool]string{true: "counter", false: "gauge"}[strings.HasSuffix(name, "_total")]
+		fmt.Fprintf(w, "# HELP chat_%s %s\n# TYPE chat_%[1]s %[3]s\n", name, help, kind)
+		for _, value := range slices.Sorted(maps.Keys(values)) {
+			labels := ""
+			if label != "" {
+				labels = fmt.Sprintf("{%s=%q}", label, value)
+			}
+			fmt.Fprintf(w, "chat_%s%s %d\n", name, labels, values[value])
+		}
 	}
-	put("chat_connections", "Open connections, streams among them.", int(s.conns.Load()))
-	put("chat_connections_limit", "Connections that the limit of open files allows.", s.maxConns)
-	put("chat_readers_limit", "Streams among these at most.", s.maxStreams)
-	refused, name := s.refused.totals(), "chat_refused_total"
-	fmt.Fprintf(w, "# HELP %s What the limits refused.\n# TYPE %[1]s counter\n", name)
-	for _, what := range slices.Sorted(maps.Keys(refused)) {
-		fmt.Fprintf(w, "%s{what=%q} %d\n", name, what, refused[what])
-	}
+	one := func(name, help string, n uint64) { put(name, help, "", map[string]uint64{"": n}) }
 	s.mu.Lock()
-	put("chat_readers", "Open streams.", s.streams)
+	readers := s.streams
 	s.mu.Unlock()
-	put("chat_messages_held", "Entries of the log.", s.room.log.held())
-	if s.cfg.redis != nil {
-		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.",
-			map[bool]int{true: 1}[s.room.away() == nil])
+	held, out, bytes := s.room.log.numbers()
+	answers, refused := s.tally.totals()
+	one("connections", "Open connections, streams among them.", uint64(s.conns.Load()))
+	one("connections_limit", "Connections that the limit of open files allows.", uint64(s.maxConns))
+	one("readers", "Open streams.", uint64(readers))
+	one("readers_limit", "Streams among the connections at most.", uint64(s.maxStreams))
+	one("messages_held", "Entries of the log.", held)
+	one("messages_out_total", "Entries that readers got.", out)
+	one("bytes_out_total", "Bytes of these.", bytes)
+	put("posts_total", "Messages that came, by the status they got.", "status", answers)
+	put("refused_total", "What the limits refused.", "what", refused)
+	if b := s.room.broker; b != nil {
+		joined, joins, writes := b.numbers()
+		one("redis_joined", "Whether the room is joined through Redis; 0 while it is away.", joined)
+		one("redis_joins_total", "How often it was joined.", joins)
+		one("redis_writes_total", "Lists that were written back because Redis forgot.", writes)
 	}
 }
 
@@ -2468,6 +2494,8 @@ type broker struct {
 	why   error           // why the room is away; nil while it is joined
 	since time.Time       // when it went away
 	told  map[string]bool // what the log has been told of that
+	joins uint64          // how often it was joined
+	wrote uint64          // lists written back
 	asked chan struct{}   // the round trip to come; nil while nobody asks for one
 	begun []chan struct{} // those asked for that have begun; closed when one is over
 }
@@ -2549,9 +2577,13 @@ func (b *broker) setJoined() {
 		after = fmt.Sprintf(" after %v", time.Since(b.since).Round(100*time.Millisecond))
 	}
 	b.why, b.told = nil, nil
+	if was != nil {
+		b.joins++
+	}
 	b.mu.Unlock()
 	if was != nil {
-		b.logf("redis is joined%s, %d messages held", after, b.log.held())
+		held, _, _ := b.log.numbers()
+		b.logf("redis is joined%s, %d messages held", after, held)
 	}
 }
 
@@ -2593,6 +2625,16 @@ func guarded(f func() error) (err error) {
 		}
 	}()
 	return f()
+}
+
+// numbers returns 1 while the room is joined, how often it was, and how many lists it wrote back.
+func (b *broker) numbers() (joined, joins, wrote uint64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.why == nil {
+		joined = 1
+	}
+	return joined, b.joins, b.wrote
 }
 
 // away returns why the room is away, nil while it is not.
@@ -2964,6 +3006,9 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 	c.Send("PUBLISH", b.channel+":probe", rewritten+f.word)
 	if _, err = commit(c); err == nil {
 		f.begin(log, rewritten+f.word, len(items), false)
+		b.mu.Lock()
+		b.wrote++
+		b.mu.Unlock()
 		b.logf("redis had forgotten; the history was written back, %d messages", len(items))
 	}
 	return err
@@ -2981,6 +3026,7 @@ type feed struct {
 	seam    string        // what comes before it is in the list or older; "" when it has come
 	echo    chan struct{} // gets something when the word has come back
 	length  atomic.Int64  // items that the list has at least, while Redis forgets nothing
+	renew   time.Time     // when Redis is to be told again how long to keep the room
 
 	id string // announces the next line
 
@@ -3159,7 +3205,8 @@ func (b *broker) tend(pub redis.Conn, f *feed, broken <-chan error) error {
 // sync sends the word on a round trip. That it comes back shows that the subscription lives, and
 // that all is here that was published before; that it can be sent, that Redis takes writes. The
 // list's length and the key show that Redis forgot. Sent also in a busy room: what looks idle on
-// one connection, a proxy may end. What nobody uses any more expires in Redis.
+// one connection, a proxy may end. What nobody uses any more expires in Redis; now and then it is told
+// that somebody does.
 func (b *broker) sync(c redis.Conn, f *feed) error {
 	least := f.least()
 	b.depart()
@@ -3167,12 +3214,18 @@ func (b *broker) sync(c redis.Conn, f *feed) error {
 	c.Send("LTRIM", b.channel+":history", -listSize(f.log.size), -1)
 	c.Send("LLEN", b.channel+":history")
 	c.Send("GET", b.channel+":key")
-	c.Send("EXPIRE", b.channel+":history", int(keptFor.Seconds()))
-	c.Send("EXPIRE", b.channel+":key", int(keptFor.Seconds()))
 	c.Send("PUBLISH", b.channel+":probe", f.word)
+	now := time.Now()
+	if now.After(f.renew) {
+		c.Send("EXPIRE", b.channel+":key", int(keptFor.Seconds()))
+		c.Send("EXPIRE", b.channel+":history", int(keptFor.Seconds()))
+	}
 	replies, err := commit(c)
 	if err != nil {
 		return err
+	}
+	if set, _ := replies[len(replies)-1].(int64); now.After(f.renew) && set == 1 { // there is a list
+		f.renew = now.Add(keptRenew)
 	}
 	length, _ := replies[1].(int64)
 	key, _ := replies[2].([]byte)
