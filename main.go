@@ -2530,7 +2530,7 @@ func (b *broker) setAway(why error) {
 		b.since, b.told = time.Now(), map[string]bool{}
 		state = "away, trying again until it answers"
 		op, network := errors.AsType[*net.OpError](why)
-		if b.why == errNotJoined && network && op.Op == "dial" {
+		if b.why == errNotJoined && network && op.Op == "dial" && op.Addr != nil && !op.Timeout() {
 			hint = "; start it, or leave -redis out for a room in memory"
 		}
 	}
@@ -2564,6 +2564,8 @@ func inWords(err error) string {
 	kind, _, _ := strings.Cut(text, " ")
 	_, wrongTLS := errors.AsType[tls.RecordHeaderError](err)
 	op, network := errors.AsType[*net.OpError](err)
+	connected := network && op.Source != nil
+	name, unresolved := errors.AsType[*net.DNSError](err)
 	switch {
 	case slices.Contains([]string{"MOVED", "CLUSTERDOWN", "CROSSSLOT"}, kind):
 		return fmt.Sprintf("this Redis is a cluster: name the node that has the room, "+
@@ -2577,12 +2579,15 @@ func inWords(err error) string {
 		return "this port speaks no TLS: it wants redis://"
 	case strings.HasPrefix(err.Error(), "redigo: "):
 		return "that is not Redis, or it wants rediss://"
-	case network && op.Op != "dial" && op.Timeout():
+	case connected && op.Timeout():
 		return "it does not answer"
-	case network && op.Op != "dial", errors.Is(err, io.EOF):
+	case connected, errors.Is(err, io.EOF):
 		return "it has ended the connection"
+	case unresolved && !name.IsNotFound: // whose words have a port, another one each time
+		return fmt.Sprintf("no name server answers for %q", name.Name)
 	}
-	return err.Error()
+	text, _, _ = strings.Cut(err.Error(), ": current time ") // with a certificate that has expired
+	return text
 }
 
 // guarded runs f. A panic, such as redigo's when an answer has an impossible length, is an error

@@ -403,6 +403,9 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// redisProgram is the server that tests start: redis-server, or CHAT_TEST_REDIS=valkey-server.
+var redisProgram = cmp.Or(os.Getenv("CHAT_TEST_REDIS"), "redis-server")
+
 // A redisServer is a redis-server of the test's own. It keeps its port and its directory
 // from one start to the next.
 type redisServer struct {
@@ -428,7 +431,7 @@ func startRedis(t testing.TB, args ...string) *redisServer {
 // newRedis is a redisServer that is not started yet.
 func newRedis(t testing.TB, args ...string) *redisServer {
 	t.Helper()
-	need(t, "redis-server", "apt-get install redis-server")
+	need(t, redisProgram, "apt-get install "+redisProgram)
 	port := freePort(t)
 	r := &redisServer{t: t, addr: "127.0.0.1:" + port, dir: t.TempDir()}
 	r.args = append([]string{"--port", port, "--bind", "127.0.0.1", "--dir", r.dir, "--save", "", "--appendonly", "no"}, args...)
@@ -441,13 +444,13 @@ func newRedis(t testing.TB, args ...string) *redisServer {
 func (r *redisServer) start() {
 	r.t.Helper()
 	if !r.tryStart() {
-		r.t.Fatalf("redis-server ended: %v", r.err)
+		r.t.Fatalf("%s ended: %v", redisProgram, r.err)
 	}
 }
 
 func (r *redisServer) tryStart() bool {
 	r.t.Helper()
-	r.program = launch(r.t, exec.Command("redis-server", r.args...))
+	r.program = launch(r.t, exec.Command(redisProgram, r.args...))
 	return r.comesUp(func() bool {
 		_, err := r.try("PING")
 		return err == nil
@@ -3871,6 +3874,9 @@ func TestInWords(t *testing.T) {
 		{io.EOF, "it has ended the connection"},
 		{read(syscall.ECONNRESET), "it has ended the connection"},
 		{read(os.ErrDeadlineExceeded), "it does not answer"},
+		{&net.OpError{Op: "remote error", Err: errors.New("tls: certificate required")}, "remote error: tls: certificate required"},
+		{&net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Name: "redis.test", Err: "read udp 127.0.0.1:4711->127.0.0.1:53: i/o timeout"}},
+			`no name server answers for "redis.test"`},
 		{&net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}, "dial tcp: connection refused"},
 	} {
 		if got := inWords(test.err); got != test.want {
@@ -4987,6 +4993,169 @@ func (r *relay) lets(chunk []byte, answer bool) (passes, late bool) {
 	}
 	time.Sleep(time.Until(free))
 	return passes, late
+}
+
+// ---- redis as people run it ----
+
+// A testName is what the name server of the tests knows of a name. That one stands in front of the
+// machine's own for all tests, none of which asks for a name beyond this machine.
+type testName struct {
+	addrs []string
+	late  time.Duration // before each answer
+	lost  atomic.Int64  // questions that get none
+}
+
+var testNames sync.Map // name → *testName
+
+func init() {
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		c, server := net.Pipe()
+		go func() {
+			defer server.Close()
+			answerName(server)
+		}()
+		return c, nil
+	}}
+}
+
+// answerName answers one question of the DNS (RFC 1035, section 4), with the length before it.
+func answerName(c net.Conn) {
+	header := make([]byte, 2+12)
+	if _, err := io.ReadFull(c, header); err != nil {
+		return
+	}
+	asked := make([]byte, int(header[0])<<8+int(header[1])-12)
+	if _, err := io.ReadFull(c, asked); err != nil {
+		return
+	}
+	end, labels := 0, []string(nil)
+	for ; asked[end] > 0; end += 1 + int(asked[end]) {
+		labels = append(labels, string(asked[end+1:][:asked[end]]))
+	}
+	kind, code, answers := asked[end+2], byte(3), []byte(nil) // 3: there is no such name
+	if known, ok := testNames.Load(strings.Join(labels, ".")); ok {
+		name := known.(*testName)
+		if code = 0; name.lost.Add(-1) >= 0 {
+			io.Copy(io.Discard, c) // until who asks gives up
+			return
+		}
+		time.Sleep(name.late)
+		for _, addr := range name.addrs {
+			if kind == 1 { // A
+				answers = append(answers, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4)
+				answers = append(answers, net.ParseIP(addr).To4()...)
+			}
+		}
+	}
+	message := append([]byte{header[2], header[3], 0x81, 0x80 | code, 0, 1, 0, byte(len(answers) / 16), 0, 0, 0, 0}, asked[:end+5]...)
+	message = append(message, answers...)
+	c.Write(append([]byte{0, byte(len(message))}, message...))
+}
+
+// TestRedisByName joins a Redis whose name is hard to find out, or has an address where nobody answers. The
+// machine's name server here is one, which is asked twice, and 5 s are what each question may take.
+func TestRedisByName(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 20 s")
+	}
+	t.Parallel()
+	r := startRedis(t)
+	_, port, _ := strings.Cut(r.addr, ":")
+	dead := "127.0.0.2:" + port // full, so that it does not even refuse
+	full := launch(t, exec.Command(redisProgram, "--bind", "127.0.0.2", "--port", port, "--tcp-backlog", "1", "--save", ""))
+	if !full.comesUp(func() bool { return listens(dead) }) {
+		t.Skipf("this system has no 127.0.0.2: %s", full.out.String())
+	}
+	full.signal("STOP")
+	for err := error(nil); err == nil; {
+		var c net.Conn
+		if c, err = net.DialTimeout("tcp", dead, time.Second/2); err == nil {
+			t.Cleanup(func() { c.Close() })
+		}
+	}
+	for name, test := range map[string]struct {
+		addrs []string
+		late  time.Duration
+		lost  int64  // A and AAAA are asked for at once
+		says  string // why it never joins
+	}{
+		"the first of two addresses refuses":         {addrs: []string{"127.0.0.3", "127.0.0.1"}},
+		"the first of two addresses is dead":         {addrs: []string{"127.0.0.2", "127.0.0.1"}},
+		"the name comes after 2.5 s":                 {addrs: []string{"127.0.0.1"}, late: 2500 * time.Millisecond},
+		"the first question is lost":                 {addrs: []string{"127.0.0.1"}, lost: 2},
+		"both, a lost question and a dead address":   {addrs: []string{"127.0.0.2", "127.0.0.1"}, lost: 2},
+		"all addresses are dead":                     {addrs: []string{"127.0.0.2"}, says: "redis is away, trying again until it answers: dial tcp " + dead + ": i/o timeout\n"},
+		"no name server answers":                     {lost: math.MaxInt32, says: `redis is away, trying again until it answers: no name server answers for "NAME"` + "\n"},
+		"nobody knows the name":                      {says: "no such host\n"},
+		"the only address refuses, so it is told to": {addrs: []string{"127.0.0.3"}, says: "connection refused; start it, or leave -redis out for a room in memory\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			host := strings.ToLower(regexp.MustCompile(`[^a-z]+`).ReplaceAllString(name, "-")) + ".test"
+			if known := (&testName{addrs: test.addrs, late: test.late}); name != "nobody knows the name" {
+				known.lost.Store(test.lost)
+				testNames.Store(host, known)
+			}
+			room := startRoom(t, "-redis", host+":"+port)
+			if test.says == "" {
+				room.joined().changed("joined")
+				newClient(t, room.url).say("hello")
+				return
+			}
+			want := strings.ReplaceAll(test.says, "NAME", host)
+			eventually(t, "it to say why", func() bool { return strings.Contains(room.log.String(), "redis is") })
+			if log := room.log.String(); !strings.HasSuffix(log, want) {
+				t.Errorf("it logged %q, want %q", log, want)
+			}
+		})
+	}
+}
+
+// TestIdleConnectionsEnded: Redis ends connections on which nothing has come for 10 s. An idle room that
+// keeps no key in Redis stays joined, and can be posted to.
+func TestIdleConnectionsEnded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 10 s")
+	}
+	t.Parallel()
+	r := startRedis(t, "--timeout", "10")
+	room := r.room("CHAT_KEY=one of our own")
+	idle, err := net.Dial("tcp", r.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer idle.Close()
+	idle.SetReadDeadline(time.Now().Add(patience))
+	if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatalf("an idle connection: got %v, want that Redis ends it", err)
+	}
+	newClient(t, room.url).say("hello")
+	room.changed("joined")
+}
+
+// TestNoMoreClients: Redis says that it has too many clients, and hangs up. What counts is what it
+// said, also where the first that a room sends is a transaction, since it has a key of its own.
+func TestNoMoreClients(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t, "--maxclients", "8")
+	for taken, err := 0, error(nil); err == nil; taken++ {
+		c, _ := redis.Dial("tcp", r.addr)
+		t.Cleanup(func() { c.Close() })
+		if _, err = c.Do("PING"); taken > 100 {
+			t.Fatal("Redis takes everybody")
+		}
+	}
+	for _, key := range []string{"CHAT_KEY=", "CHAT_KEY=one of our own"} {
+		line := newRelay(t, r.addr)
+		room := startRoom(t, "-redis", line.addr, key)
+		line.comes(2 * 3) // for three attempts
+		if log := room.log.String(); !strings.HasSuffix(log, `answers: "ERR max number of clients reached"`+"\n") || strings.Count(log, "\n") != 1 {
+			t.Errorf("with %s it logged %q, want what Redis said, once", key, log)
+		}
+		if got := newClient(t, room.url).get("/healthz").body; got != "redis is away: it refuses\n" {
+			t.Errorf("/healthz says %q", got)
+		}
+	}
 }
 
 // ---- model ----
