@@ -2529,9 +2529,12 @@ func (b *broker) setAway(why error) {
 	if b.told == nil {
 		b.since, b.told = time.Now(), map[string]bool{}
 		state = "away, trying again until it answers"
-		op, network := errors.AsType[*net.OpError](why)
-		if b.why == errNotJoined && network && op.Op == "dial" && op.Addr != nil && !op.Timeout() {
+		switch op, network := errors.AsType[*net.OpError](why); {
+		case b.why != errNotJoined:
+		case network && op.Op == "dial" && op.Addr != nil && !op.Timeout():
 			hint = "; start it, or leave -redis out for a room in memory"
+		case words == hungUp:
+			hint = "; perhaps TLS is on one side only"
 		}
 	}
 	known := b.told[words]
@@ -2555,6 +2558,8 @@ func (b *broker) setJoined() {
 		b.logf("redis is joined%s, %d messages held", after, b.log.held())
 	}
 }
+
+const hungUp = "it has ended the connection"
 
 // inWords is an error for the log. What a server says is quoted, cut, and without the arguments
 // that it may repeat, such as a password or a message.
@@ -2582,7 +2587,7 @@ func inWords(err error) string {
 	case connected && op.Timeout():
 		return "it does not answer"
 	case connected, errors.Is(err, io.EOF):
-		return "it has ended the connection"
+		return hungUp
 	case unresolved && !name.IsNotFound: // whose words have a port, another one each time
 		return fmt.Sprintf("no name server answers for %q", name.Name)
 	}
@@ -2778,7 +2783,7 @@ func (b *broker) dial(ctx context.Context, patience time.Duration) (redis.Conn, 
 		return timelyConn{c, patience}, nil
 	}
 	return redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial),
-		redis.DialTLSHandshakeTimeout(redisTimeout))
+		redis.DialTLSHandshakeTimeout(redisTimeout*9/10)) // before a read's, which says less
 }
 
 // A timelyConn bounds progress, not the whole: each write may take redisTimeout, and each read must

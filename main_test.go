@@ -5158,6 +5158,108 @@ func TestNoMoreClients(t *testing.T) {
 	}
 }
 
+// TestLeastRights runs the room with the line of rights in running.md: to post, to read what was said
+// before, the word every 5 s, to write back. And without any of these rights the log says so.
+func TestLeastRights(t *testing.T) {
+	t.Parallel()
+	line := strings.TrimSpace(blocks(t, "acl")[0])
+	user, address := strings.Fields(line)[1], regexp.MustCompile("`REDIS_URL=(redis://[^`]*)`").FindStringSubmatch(readFile(t, ".github/running.md"))
+	if address == nil {
+		t.Fatal("running.md names no REDIS_URL")
+	}
+	// Each right is one room's, which lacks just that. Only two at once need UNWATCH.
+	users, lacks := line+"\n", map[string]string{}
+	for _, right := range regexp.MustCompile(`[+~&]\S+`).FindAllString(line, -1) {
+		if room := fmt.Sprintf("room%02d", len(lacks)); right != "+unwatch" {
+			lacks[room] = strings.ReplaceAll(right, user, room)
+			users += strings.ReplaceAll(strings.ReplaceAll(line+" ", " "+right+" ", " "), user, room) + "\n"
+		}
+	}
+	r := startRedis(t, "--aclfile", writeFile(t, filepath.Join(t.TempDir(), "users.acl"), users))
+	login := func(name string) string {
+		u, _ := url.Parse(address[1])
+		u.Host = r.addr
+		return strings.ReplaceAll(u.String(), user, name)
+	}
+	first := startRoom(t, "-redis", login(user)).joined()
+	newClient(t, first.url).say("hello")
+	rooms := map[string]*program{}
+	for name := range lacks {
+		rooms[name] = startRoom(t, "-redis", login(name), "-channel", name)
+	}
+	denied := func(name string) bool { return strings.Contains(rooms[name].log.String(), "NOPERM ") }
+	for name, room := range rooms {
+		c := newClient(t, room.url)
+		eventually(t, "a room without "+lacks[name]+" to join or not", func() bool { return denied(name) || c.post("hello") == 204 })
+	}
+	r.do("FLUSHALL")
+	r.cut()
+	for name := range rooms {
+		eventually(t, "a room without "+lacks[name]+" to say so", func() bool { return denied(name) })
+	}
+	eventually(t, "a word to have gone out", func() bool { return r.do("TTL", user+":history").(int64) > 0 })
+	first.joined().changed("joined", "away", "wrote", "joined")
+	first.stop()
+	if got := newClient(t, startRoom(t, "-redis", login(user)).joined().url).newcomer(); !slices.Equal(got, []string{"hello"}) {
+		t.Errorf("after a restart the room holds %q, want hello", got)
+	}
+}
+
+// TestRedisTLS: what the log says of a Redis behind TLS whose certificate, its own authority, is trusted, is not,
+// or cannot be.
+func TestRedisTLS(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		t.Skip("SSL_CERT_FILE counts on Linux")
+	}
+	hour := time.Now().Add(time.Hour)
+	for name, test := range map[string]struct {
+		names   string // for which the certificate is
+		until   time.Time
+		scheme  string
+		plain   bool   // the port without TLS
+		unknown bool   // it is not in SSL_CERT_FILE
+		clients string // whether Redis wants certificates from them
+		says    string // nothing: the room joins
+	}{
+		"trusted":                             {names: "localhost", until: hour},
+		"not trusted":                         {names: "localhost", until: hour, unknown: true, says: "tls: failed to verify certificate: x509: certificate signed by unknown authority"},
+		"of another name":                     {names: "other.test", until: hour, says: "tls: failed to verify certificate: x509: certificate is valid for other.test, not localhost"},
+		"expired":                             {names: "localhost", until: time.Now().Add(-time.Hour), says: "tls: failed to verify certificate: x509: certificate has expired or is not yet valid"},
+		"and one is wanted, Debian's default": {names: "localhost", until: hour, clients: "yes", says: "remote error: tls: certificate required"},
+		"TLS at a port without":               {names: "localhost", until: hour, plain: true, says: "TLS handshake timeout"},
+		"no TLS at a port with":               {names: "localhost", until: hour, scheme: "redis", says: hungUp + "; perhaps TLS is on one side only"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cert, key := selfSigned(t, func(c *x509.Certificate) {
+				c.DNSNames, c.NotAfter, c.IsCA, c.BasicConstraintsValid = []string{test.names}, test.until, true, true
+			})
+			port := freePort(t)
+			r := startRedis(t, "--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert,
+				"--tls-auth-clients", cmp.Or(test.clients, "no"))
+			if test.plain {
+				_, port, _ = strings.Cut(r.addr, ":")
+			}
+			line, trusted := newRelay(t, "127.0.0.1:"+port), cert
+			if test.unknown {
+				trusted, _ = selfSigned(t)
+			}
+			_, port, _ = strings.Cut(line.addr, ":")
+			room := startProcess(t, "-redis", cmp.Or(test.scheme, "rediss")+"://localhost:"+port, "SSL_CERT_FILE="+trusted)
+			if test.says == "" {
+				room.joined()
+				newClient(t, room.url).say("hello")
+				return
+			}
+			line.comes(2 * 3) // for three attempts, of which one is told
+			if log := room.log.String(); !strings.Contains(log, "answers: "+test.says) || strings.Count(log, "\n") != 1 {
+				t.Errorf("it logged %q, want %q, once", log, test.says)
+			}
+		})
+	}
+}
+
 // ---- model ----
 
 // TestReconcile: a, b, c … are messages; a2 is a with the tail of another attempt; a.f is a foreign
@@ -10948,14 +11050,17 @@ func TestNginxWithTLS(t *testing.T) {
 	s.hears("x: hello")
 }
 
-// selfSigned writes a certificate and its key.
-func selfSigned(t testing.TB) (certFile, keyFile string) {
+// selfSigned writes a certificate, changed like this, and its key.
+func selfSigned(t testing.TB, changes ...func(*x509.Certificate)) (certFile, keyFile string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	for _, change := range changes {
+		change(template)
+	}
 	cert, err := x509.CreateCertificate(cryptorand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
