@@ -2929,6 +2929,7 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 		c.Send("MULTI")
 		c.Send("LRANGE", b.channel+":history", 0, -1)
 		c.Send("PUBLISH", b.channel+":probe", f.word)
+		c.Send("GET", b.channel+":key") // a cluster says so at once if it is in another slot
 		replies, err := commit(c)
 		if err != nil {
 			return nil, err

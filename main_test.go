@@ -5260,6 +5260,56 @@ func TestRedisTLS(t *testing.T) {
 	}
 }
 
+// TestCluster runs the room in a cluster of one node and of three, where its keys have to be in one slot.
+// Else, or at a node without that slot, the log says so, once.
+func TestCluster(t *testing.T) {
+	t.Parallel()
+	for size, others := range map[int]string{1: "CROSSSLOT", 3: "MOVED"} {
+		t.Run(fmt.Sprint(size, " nodes"), func(t *testing.T) {
+			t.Parallel()
+			const slots = 1 << 14
+			var nodes []*redisServer
+			for i := range size {
+				r := startRedis(t, "--cluster-enabled", "yes", "--cluster-port", freePort(t))
+				r.do("CLUSTER", "ADDSLOTSRANGE", i*slots/size, (i+1)*slots/size-1)
+				nodes = append(nodes, r)
+				host, port, _ := net.SplitHostPort(nodes[0].addr)
+				r.do("CLUSTER", "MEET", host, port, nodes[0].args[len(nodes[0].args)-1])
+			}
+			eventually(t, "the cluster to be one", func() bool {
+				return !slices.ContainsFunc(nodes, func(r *redisServer) bool {
+					info, _ := redis.String(r.do("CLUSTER", "INFO"), nil)
+					return !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, fmt.Sprint("cluster_known_nodes:", size, "\r"))
+				})
+			})
+			slot, _ := redis.Int(nodes[0].do("CLUSTER", "KEYSLOT", "{chat}:key"), nil)
+			at := slot * size / slots
+			room := nodes[at].room("-channel", "{chat}")
+			c := newClient(t, room.url)
+			c.say("hello")
+			nodes[at].do("FLUSHALL")
+			nodes[at].cut()
+			eventually(t, "the room to write back", func() bool { return strings.Contains(room.log.String(), "written back") })
+			c.insist("again")
+			room.changed("joined", "away", "wrote", "joined")
+			if got := newClient(t, nodes[at].room("-channel", "{chat}").url).newcomer(); !slices.Equal(got, []string{"hello", "again"}) {
+				t.Errorf("another room at this node holds %q, want hello and again", got)
+			}
+			channel := "chat"
+			if size > 1 {
+				channel = "{chat}"
+			}
+			line := newRelay(t, nodes[(at+1)%size].addr)
+			lost := startRoom(t, "-redis", line.addr, "-channel", channel)
+			line.comes(2 * 3) // for three attempts, of which one is told
+			want := `answers: this Redis is a cluster: name the node that has the room, whose keys -channel '{chat}' keeps together: "` + others
+			if log := lost.log.String(); !strings.Contains(log, want) || strings.Count(log, "\n") != 1 || size > 1 && !strings.Contains(log, nodes[at].addr) {
+				t.Errorf("it logged %q, want %s, once", log, want)
+			}
+		})
+	}
+}
+
 // ---- model ----
 
 // TestReconcile: a, b, c … are messages; a2 is a with the tail of another attempt; a.f is a foreign
