@@ -10,6 +10,7 @@ The tests, in the order of this file, and what of README.md's promises each part
 	http       every request and its answer, in tables; limits; no input harms anybody else
 	redis      the contract with other programs; what is in the list; who knows an id; start and usage
 	faults     204 is in the room, once, in one order, whatever Redis and the network do
+	hosting    Redis by name, behind TLS, with few rights, in a cluster, failing over (CHAT_TEST_REDIS=valkey-server)
 	mixed      all of them at once over real HTTP (CHAT_MIXED=10m, CHAT_SEED)
 	readers    what one costs who reads slowly, or not, or leaves; descriptors
 	pages      in a real browser: the chat page, the lesson
@@ -5307,6 +5308,128 @@ func TestCluster(t *testing.T) {
 				t.Errorf("it logged %q, want %s, once", log, want)
 			}
 		})
+	}
+}
+
+// TestFailover runs running.md's block for haproxy in front of a master and its replica. The master is
+// killed under load, and the replica promoted: with all that was said, or without the newest. Nothing that
+// was acknowledged may be missing or there twice, and what the replica lacked is told by a gap. Nor does the
+// old master, which comes back as one, part the room.
+func TestFailover(t *testing.T) {
+	t.Parallel()
+	haproxy := need(t, "haproxy", "apt-get install haproxy")
+	for name, lags := range map[string]bool{"the replica has it all": false, "the replica lags": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			master := startRedis(t, "--repl-diskless-sync-delay", "0")
+			line := newRelay(t, master.addr)
+			host, port, _ := net.SplitHostPort(line.addr)
+			replica := startRedis(t, "--replicaof", host+" "+port)
+			eventually(t, "the replica to follow", func() bool {
+				info, _ := redis.String(replica.do("INFO", "replication"), nil)
+				return strings.Contains(info, "master_link_status:up")
+			})
+			addr, proxy := serve(t, func(addr string) *exec.Cmd {
+				conf := adapt(t, blocks(t, "haproxy")[0], "127.0.0.1:6379", addr, "10.0.0.1:6379", master.addr, "10.0.0.2:6379", replica.addr)
+				return exec.Command(haproxy, "-db", "-f", writeFile(t, filepath.Join(t.TempDir(), "haproxy.cfg"), conf))
+			})
+			sees := func(what string) {
+				t.Helper()
+				eventually(t, "the proxy to see that "+what, func() bool { return strings.Contains(proxy.log.String(), "Server redis/"+what) })
+			}
+			sees("two is DOWN")
+			rooms := []*program{startRoom(t, "-redis", addr, "-history", "4096").joined(), startRoom(t, "-redis", addr, "-history", "4096").joined()}
+			at := []*client{newClient(t, rooms[0].url), newClient(t, rooms[1].url)}
+			streams := []*answer{at[0].stream("", ""), at[1].stream("", "")}
+			var accepted atomic.Int64
+			var dead, back atomic.Bool
+			together(5, func(i int) {
+				if i < 4 {
+					for n := 0; !back.Load(); n++ {
+						at[i%2].insist(fmt.Sprintf("%d-%04d", i, n))
+						accepted.Add(1)
+						if dead.Load() { // what follows need not be much
+							time.Sleep(10 * time.Millisecond)
+						}
+					}
+					return
+				}
+				more := func(n int64) {
+					n += accepted.Load()
+					eventually(t, "messages to flow", func() bool { return accepted.Load() > n })
+				}
+				more(200)
+				if lags {
+					line.hold()
+					more(20)
+				}
+				start := time.Now()
+				master.kill()
+				dead.Store(true)
+				line.cut()
+				line.release()
+				replica.do("REPLICAOF", "NO", "ONE")
+				more(20)
+				eventually(t, "both rooms to be back", func() bool { return at[0].healthy() && at[1].healthy() })
+				t.Logf("%d acknowledged, healthy after %v", accepted.Load(), time.Since(start).Round(time.Millisecond))
+				master.start() // and is a master still
+				sees("one is UP")
+				for range 3 {
+					replica.cut()
+					more(20)
+				}
+				back.Store(true)
+			})
+			at[0].insist("last-but-one")
+			at[1].insist("last")
+			all := at[1].newcomer()
+			if len(all) != int(accepted.Load())+2 || doubled(all) {
+				t.Errorf("the room holds %d messages, want the %d that were acknowledged, each once", len(all), accepted.Load()+2)
+			}
+			wrote := written(t, rooms...)
+			if lags && wrote == 0 {
+				t.Error("the replica lacked nothing, so nothing is shown")
+			}
+			for i, s := range streams {
+				parts := betweenGaps(s.upTo("last")) // two that come together are told as one
+				if gaps, got := len(parts)-1, parts[len(parts)-1]; gaps > wrote || gaps < min(wrote, 1) || !slices.Equal(got, all) {
+					t.Errorf("reader %d was told %d gaps of %d, and then %d messages of %d in one order", i, gaps, wrote, len(got), len(all))
+				}
+			}
+			if got := at[0].newcomer(); !slices.Equal(got, all) {
+				t.Errorf("the first room holds %d messages, the second %d, want the same", len(got), len(all))
+			}
+			if n := master.do("EXISTS", "chat:history", "chat:key"); n != int64(0) {
+				t.Errorf("the old master, which came back empty, has %d keys of the room, want none", n)
+			}
+		})
+	}
+}
+
+// TestCommandsOfAnIdleRoom: what running.md says that a Redis counts.
+func TestCommandsOfAnIdleRoom(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	c, words := newClient(t, r.room().url), r.listen("chat:probe")
+	commands := func() (n int) {
+		stats, _ := redis.String(r.do("INFO", "commandstats"), nil)
+		for _, calls := range regexp.MustCompile(`cmdstat_([^:]+):calls=(\d+)`).FindAllStringSubmatch(stats, -1) {
+			if one, _ := strconv.Atoi(calls[2]); calls[1] != "info" {
+				n += one
+			}
+		}
+		return n
+	}
+	next(t, words)
+	before := commands()
+	next(t, words)
+	idle := commands() - before
+	c.say("hello")
+	post := commands() - before - idle
+	every := int(syncEvery / time.Second)
+	want := fmt.Sprintf("counts %d a minute for an idle process (%d every %d s) and %d for a post", idle*60/every, idle, every, post)
+	if !strings.Contains(inOneLine(readFile(t, ".github/running.md")), want) {
+		t.Errorf("running.md does not say that it %s", want)
 	}
 }
 
