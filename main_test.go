@@ -3166,6 +3166,7 @@ func TestRedisLayout(t *testing.T) {
 	if got := r.history(); !slices.Equal(got, list) {
 		t.Errorf("chat:history holds %.200q, want id, space and line of each", got)
 	}
+	eventually(t, "the foreign line to come", func() bool { return slices.Contains(c.newcomer(), "foreign") })
 	want := c.newcomer()
 	if got := newClient(t, r.room().url).newcomer(); !slices.Contains(got, long) || !slices.Equal(append(got, "foreign"), want) {
 		t.Errorf("a room that starts has %d messages, and the first one %d, want the same but for the foreign line", len(got), len(want))
@@ -5430,6 +5431,42 @@ func TestCommandsOfAnIdleRoom(t *testing.T) {
 	want := fmt.Sprintf("counts %d a minute for an idle process (%d every %d s) and %d for a post", idle*60/every, idle, every, post)
 	if !strings.Contains(inOneLine(readFile(t, ".github/running.md")), want) {
 		t.Errorf("running.md does not say that it %s", want)
+	}
+}
+
+// TestWhatIsLoggedWhileAway: of a Redis that is away for long, one line at the start, one for each other
+// reason however many attempts meet it, and at the end how long it took, and what was written back.
+func TestWhatIsLoggedWhileAway(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	room := r.room()
+	newClient(t, room.url).say("one", "two")
+	logged := func(words string) {
+		t.Helper()
+		eventually(t, "it to log "+words, func() bool { return strings.Contains(room.log.String(), words) })
+	}
+	r.kill()
+	logged("refused")
+	r.args = append(r.args, "--requirepass", "geheim")
+	r.password = "geheim"
+	r.start()
+	logged("NOAUTH")
+	eventually(t, "three more attempts", func() bool {
+		stats, _ := redis.String(r.do("INFO", "commandstats"), nil)
+		return regexp.MustCompile(`rejected_calls=([3-9]|\d\d)`).MatchString(stats)
+	})
+	r.do("CONFIG", "SET", "requirepass", "")
+	r.password = ""
+	room.joined()
+	want := regexp.MustCompile(strings.ReplaceAll(`^@redis is joined, 0 messages held
+@redis is away, trying again until it answers: it has ended the connection
+@redis is still away: dial tcp `+r.addr+`: connect: connection refused
+@redis is still away: "NOAUTH Authentication required."
+@redis had forgotten; the history was written back, 3 messages
+@redis is joined after [\d.]+m?s, 3 messages held
+$`, "@", `[\d/]{10} [\d:]{8} `))
+	if log := room.log.String(); !want.MatchString(log) {
+		t.Errorf("it logged\n%swant\n%s", log, want)
 	}
 }
 
