@@ -2496,9 +2496,12 @@ func (b *broker) setAway(why error) {
 	if b.told == nil {
 		b.since, b.told = time.Now(), map[string]bool{}
 		state = "away, trying again until it answers"
-		op, network := errors.AsType[*net.OpError](why)
-		if b.why == errNotJoined && network && op.Op == "dial" {
+		switch op, network := errors.AsType[*net.OpError](why); {
+		case b.why != errNotJoined:
+		case network && op.Op == "dial" && op.Addr != nil && !op.Timeout():
 			hint = "; start it, or leave -redis out for a room in memory"
+		case words == hungUp:
+			hint = "; perhaps TLS is on one side only"
 		}
 	}
 	known := b.told[words]
@@ -2527,6 +2530,8 @@ func (b *broker) setJoined() {
 	}
 }
 
+const hungUp = "it has ended the connection"
+
 // inWords is an error for the log. What a server says is quoted, cut, and without the arguments
 // that it may repeat, such as a password or a message.
 func inWords(err error) string {
@@ -2535,6 +2540,8 @@ func inWords(err error) string {
 	kind, _, _ := strings.Cut(text, " ")
 	_, wrongTLS := errors.AsType[tls.RecordHeaderError](err)
 	op, network := errors.AsType[*net.OpError](err)
+	connected := network && op.Source != nil
+	name, unresolved := errors.AsType[*net.DNSError](err)
 	switch {
 	case slices.Contains([]string{"MOVED", "CLUSTERDOWN", "CROSSSLOT"}, kind):
 		return fmt.Sprintf("this Redis is a cluster: name the node that has the room, "+
@@ -2548,12 +2555,15 @@ func inWords(err error) string {
 		return "this port speaks no TLS: it wants redis://"
 	case strings.HasPrefix(err.Error(), "redigo: "):
 		return "that is not Redis, or it wants rediss://"
-	case network && op.Op != "dial" && op.Timeout():
+	case connected && op.Timeout():
 		return "it does not answer"
-	case network && op.Op != "dial", errors.Is(err, io.EOF):
-		return "it has ended the connection"
+	case connected, errors.Is(err, io.EOF):
+		return hungUp
+	case unresolved && !name.IsNotFound: // whose words have a port, another one each time
+		return fmt.Sprintf("no name server answers for %q", name.Name)
 	}
-	return err.Error()
+	text, _, _ = strings.Cut(err.Error(), ": current time ") // with a certificate that has expired
+	return text
 }
 
 // guarded runs f. A panic, such as redigo's when an answer has an impossible length, is an error
@@ -2750,7 +2760,7 @@ func (b *broker) dial(ctx context.Context, patience time.Duration) (redis.Conn, 
 		return timelyConn{c, patience}, nil
 	}
 	return redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial),
-		redis.DialTLSHandshakeTimeout(redisTimeout))
+		redis.DialTLSHandshakeTimeout(redisTimeout*9/10)) // before a read's, which says less
 }
 
 // A timelyConn bounds progress, not the whole: each write may take redisTimeout, and each read must
@@ -2896,6 +2906,7 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 		c.Send("MULTI")
 		c.Send("LRANGE", b.channel+":history", 0, -1)
 		c.Send("PUBLISH", b.channel+":probe", f.word)
+		c.Send("GET", b.channel+":key") // a cluster says so at once if it is in another slot
 		replies, err := commit(c)
 		if err != nil {
 			return nil, err
