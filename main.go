@@ -92,7 +92,7 @@ of the login, the name (base64url) and a MAC over these, between dots. It is sig
 
 The file is told from the outside in: start (run, configure), the room and its Log, frames and
 cleaning (encode, clean), sessions (signer), limits (limiter), the server and its handlers (server,
-take), the stream (stream.run) and its way through a WebSocket (handshake, readFrame), and last
+accept), the stream (stream.run) and its way through a WebSocket (handshake, readFrame), and last
 Redis (reconcile, broker, feed). The idea is in Log: an entry is encoded once, readers are positions
 in one ring, and an id names an entry, so whoever has its key drops a copy. The room in memory can
 be understood without the broker.
@@ -534,28 +534,28 @@ func (r *room) next(c *cursor) news {
 // each holds a position and reads on from there, so a newcomer, a reader that comes back, a slow
 // one and a live one are the same, and no reader costs the log anything.
 //
-// Who waits, waits on a channel that is closed at the next event. For readers events come in rounds:
-// what is new after a pause wakes them at once, and the next round begins when this one has had time
-// to be written, so that a flood costs fewer and longer writes. An id names one entry: a second one
-// under the same key is dropped. A log can be built anew from another list of entries; it then
+// Readers wait on a channel that is closed when there is something new. They are woken in rounds:
+// what comes after a pause wakes them at once, and the next round begins when this one has had time
+// to be written, so that a flood costs fewer and longer writes. An id names one entry: a second
+// one under the same key is dropped. A log can be built anew from another list of entries; it then
 // begins a new ring, in which each reader goes on behind the entry that it had last.
 type Log struct {
 	size    int // entries held
 	history int // messages a newcomer gets
 
-	mu      sync.Mutex    // guards all below, and the ring's content
-	ring    *ring         // of no use until the log is built for the first time
-	built   uint64        // how often it was
-	added   chan struct{} // closed at the next entry; nil when nobody waits for one
-	wake    chan struct{} // closed at the next round
-	waiting int           // readers that this will wake
-	rest    time.Time     // no round begins before
-	due     bool          // there is something new, and timer begins a round for it
-	timer   *time.Timer   // else it beats after silence
-	beats   uint64        // so often; each is a round, too
-	out     uint64        // entries that readers got,
-	bytes   uint64        // and their bytes
-	closed  bool
+	mu        sync.Mutex    // guards all below, and the ring's content
+	ring      *ring         // of no use until the log is built for the first time
+	built     uint64        // how often it was
+	added     chan struct{} // closed at the next entry; nil when nobody waits for one
+	wake      chan struct{} // closed at the next round
+	waiting   int           // readers that this will wake
+	notBefore time.Time     // when the next round may begin
+	due       bool          // there is something new, and timer begins a round for it
+	timer     *time.Timer   // else it beats after silence
+	beats     uint64        // so often; each is a round, too
+	out       uint64        // entries that readers got,
+	bytes     uint64        // and their bytes
+	closed    bool
 }
 
 // A ring is the entries of a log between two times that it was built.
@@ -609,7 +609,7 @@ func (e entry) base() (id string, foreign bool) {
 func (e entry) act() bool { return strings.HasPrefix(e.line, "!") && !strings.Contains(e.id, ".") }
 func (e entry) gap() bool { return e.line == gapLine && e.act() }
 
-// A cursor is the place of one reader: an id, and where that is in the ring. Only its reader uses it.
+// A cursor is the place of a reader: an id, and where that is in the ring. Only its reader uses it.
 type cursor struct {
 	after string          // id of the entry it had last; "0" at the beginning, "" for a newcomer
 	trip  <-chan struct{} // closed when a round trip shows that this id is nowhere
@@ -656,7 +656,7 @@ func (l *Log) broadcast() {
 		close(l.added)
 		l.added = nil
 	}
-	if wait := time.Until(l.rest); wait <= 0 {
+	if wait := time.Until(l.notBefore); wait <= 0 {
 		l.round()
 	} else if !l.due {
 		l.due = true
@@ -667,7 +667,7 @@ func (l *Log) broadcast() {
 // round wakes the readers. The caller holds mu.
 func (l *Log) round() {
 	close(l.wake)
-	l.rest = time.Now().Add(min(time.Duration(l.waiting)*paceEach, paceMost))
+	l.notBefore = time.Now().Add(min(time.Duration(l.waiting)*paceEach, paceMost))
 	l.wake, l.waiting, l.due = make(chan struct{}), 0, false
 	if !l.closed {
 		l.timer.Reset(heartbeat)
@@ -740,8 +740,8 @@ func (l *Log) idOf(key string) string {
 	return ""
 }
 
-// more returns what is closed at the next entry.
-func (l *Log) more() <-chan struct{} {
+// next returns what is closed at the next entry.
+func (l *Log) next() <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.added == nil {
@@ -846,8 +846,8 @@ func (r *ring) add(e entry, frame []byte) {
 	r.block.next = r.next
 }
 
-// behind returns the position after an id, or lost. A foreign line that is not here is looked for by
-// the announced one before it.
+// behind returns the position after an id, or lost. A foreign line that is not here is looked for
+// by the announced one before it.
 func (r *ring) behind(id string) uint64 {
 	if id == "0" {
 		return 0
@@ -1223,7 +1223,7 @@ func (t *tally) totals() (answers, refused map[string]uint64) {
 
 // A server is the room as HTTP shows it.
 //
-// What has no other guard is set before the first request, and only read then.
+// Fields without another guard are set before the first request and only read after that.
 type server struct {
 	cfg    *config
 	logf   func(format string, args ...any)
@@ -1236,7 +1236,7 @@ type server struct {
 	mux   *http.ServeMux
 
 	posts, floods, logins, guesses limiter // by session or address, and three by address
-	tally                          tally   // of what these refuse
+	tally                          tally   // what these refuse, among other answers
 
 	maxConns int
 	conns    atomic.Int64  // open connections, streams among them
@@ -1535,8 +1535,8 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	return form, err == nil
 }
 
-// parseForm splits at & alone, as the URL standard does: net/url also refuses a bare semicolon, which
-// curl -d sends.
+// parseForm splits at & alone, as the URL standard does: net/url also refuses a bare semicolon,
+// which curl -d sends.
 func parseForm(text string) (url.Values, error) {
 	return url.ParseQuery(strings.ReplaceAll(text, ";", "%3B"))
 }
@@ -1793,7 +1793,7 @@ func (s *server) logout(w http.ResponseWriter, r *http.Request) {
 	http.Redirect(w, r, "/login", http.StatusSeeOther)
 }
 
-// post is take for a form. What concerns the request comes before what concerns the message.
+// post is accept for a form. What concerns the request comes before what concerns the message.
 func (s *server) post(w http.ResponseWriter, r *http.Request) {
 	sess, ok := s.admit(w, r, true)
 	if !ok {
@@ -1807,7 +1807,7 @@ func (s *server) post(w http.ResponseWriter, r *http.Request) {
 	if keys, ok := r.Header["Idempotency-Key"]; ok {
 		key = keys[0]
 	}
-	status, said, wait := s.take(r.Context(), sess, address(r), key, form.Get("message"))
+	status, said, wait := s.accept(r.Context(), sess, address(r), key, form.Get("message"))
 	if wait > 0 {
 		setRetryAfter(w, wait)
 	}
@@ -1819,10 +1819,10 @@ func (s *server) post(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(status)
 }
 
-// take puts a message into the room and returns 204 and its id, or another status of HTTP, why not
+// accept puts a message into the room and returns 204 and its id, or another status of HTTP, why not
 // and, if that helps, after how long to come back. The order of the checks is part of the contract.
 // What is refused, or could not be confirmed, costs the sender nothing of the rate.
-func (s *server) take(ctx context.Context, from session, address, key, text string) (
+func (s *server) accept(ctx context.Context, from session, address, key, text string) (
 	status int, said string, wait time.Duration) {
 	defer func() { s.tally.answer(status) }()
 	if !validKey(key) {
@@ -2041,7 +2041,7 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 // A stream is one reader on its connection. After takeOver only its goroutine has it.
 type stream struct {
 	room  *room
-	conn  net.Conn // a webSocket, or that which net/http had
+	conn  net.Conn // the one that net/http had, or a webSocket around it
 	head  []byte   // of the answer, until it is written with the first event
 	poll  bool     // the answer ends when there was something, or after wait
 	wait  time.Duration
@@ -2153,11 +2153,11 @@ func (st *stream) write(b []byte) bool {
 // message, its bytes the same. And a text message that comes in is a post.
 type webSocket struct {
 	net.Conn
-	in      io.Reader                // what came with the handshake, then the connection
-	head    []byte                   // of the answer, until it is written with the first event
-	take    func(text string) []byte // posts, and returns what to reply
-	gone    chan time.Time           // closed when nothing more comes from the peer
-	awaited atomic.Bool              // there was a ping, and nothing came since
+	in      io.Reader                 // what came with the handshake, then the connection
+	head    []byte                    // of the answer, until it is written with the first event
+	post    func(event string) []byte // returns the reply
+	gone    chan time.Time            // closed when nothing more comes from the peer
+	awaited atomic.Bool               // there was a ping, and nothing came since
 
 	mu     sync.Mutex // guards closed, and writing
 	closed bool       // nothing goes out any more: there was a close frame, or a write broke off
@@ -2194,9 +2194,9 @@ func (s *server) handshake(w http.ResponseWriter, r *http.Request) {
 		why := "want Connection: Upgrade and a Sec-WebSocket-Key of 16 bytes"
 		http.Error(w, why, http.StatusBadRequest)
 	default:
-		post := &http.Request{Method: http.MethodPost, URL: r.URL, Host: r.Host,
+		asPost := &http.Request{Method: http.MethodPost, URL: r.URL, Host: r.Host,
 			Header: http.Header{"Origin": r.Header["Origin"]}}
-		s.sameOrigin(func(http.ResponseWriter, *http.Request) { s.upgrade(w, r, key) })(w, post)
+		s.sameOrigin(func(http.ResponseWriter, *http.Request) { s.upgrade(w, r, key) })(w, asPost)
 	}
 }
 
@@ -2212,7 +2212,7 @@ func (s *server) upgrade(w http.ResponseWriter, r *http.Request, key string) {
 		return
 	}
 	from, cookies := address(r), http.Header{"Cookie": slices.Clone(r.Header["Cookie"])}
-	take := func(event string) []byte {
+	post := func(event string) []byte {
 		sess, who := s.identify(&http.Request{Header: cookies})
 		key, text, ok := parsePost(event)
 		switch {
@@ -2223,9 +2223,9 @@ func (s *server) upgrade(w http.ResponseWriter, r *http.Request, key string) {
 		case !ok:
 			return reply(http.StatusBadRequest, "want data: lines, and at most one id: line", 0)
 		}
-		return reply(s.take(s.cut, sess, from, key, text))
+		return reply(s.accept(s.cut, sess, from, key, text))
 	}
-	st.poll, st.conn = false, &webSocket{take: take, gone: make(chan time.Time)}
+	st.poll, st.conn = false, &webSocket{post: post, gone: make(chan time.Time)}
 	accept := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
 	s.takeOver(w, st, "101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
 		"Sec-WebSocket-Accept: "+base64.StdEncoding.EncodeToString(accept[:]))
@@ -2316,8 +2316,8 @@ func (ws *webSocket) Close() error {
 	return ws.Conn.Close()
 }
 
-// Read reads what the peer sends, who thereby shows that it is there. In this order a ping in
-// between may go without a deadline; the next one does not.
+// Read reads what the peer sends, who thereby shows that it is there. A ping between the
+// two lines may lose its deadline; the next one has it again.
 func (ws *webSocket) Read(b []byte) (int, error) {
 	n, err := ws.in.Read(b)
 	if n > 0 && ws.awaited.Load() {
@@ -2347,18 +2347,18 @@ func (ws *webSocket) listen() {
 		case op == opPing:
 			ws.put(appendFrame(nil, opPong, data), opPong)
 		case op == opClose:
-			ws.put(appendFrame(nil, opClose, echo(data)), opClose)
+			ws.put(appendFrame(nil, opClose, closing(data)), opClose)
 			io.Copy(io.Discard, ws.Conn)
 			return
 		case op <= opText && last:
-			ws.Write(ws.take(string(message)))
+			ws.Write(ws.post(string(message)))
 			message = nil
 		}
 	}
 }
 
-// echo returns what to answer a close frame with: the code in it, if there is one and it may be.
-func echo(data []byte) []byte {
+// closing returns what to answer a close frame with: the code in it, if there is one and it may be.
+func closing(data []byte) []byte {
 	var code [2]byte
 	copy(code[:], data)
 	switch code := int(code[0])<<8 | int(code[1]); {
@@ -2441,20 +2441,20 @@ type broker struct {
 	outgoing chan *post
 	asking   chan struct{} // gets something when somebody asks for a round trip
 
-	mu    sync.Mutex      // guards all below
-	why   error           // why the room is away; nil while it is joined
-	since time.Time       // when it went away
-	told  map[string]bool // what the log has been told of that
-	joins uint64          // how often it was joined
-	wrote uint64          // lists written back
-	asked chan struct{}   // the round trip to come; nil while nobody asks for one
-	begun []chan struct{} // those asked for that have begun; closed when one is over
+	mu     sync.Mutex      // guards all below
+	why    error           // why the room is away; nil while it is joined
+	since  time.Time       // when it went away
+	logged map[string]bool // the reasons that were logged since
+	joins  uint64          // how often it was joined
+	wrote  uint64          // lists written back
+	asked  chan struct{}   // the round trip to come; nil while nobody asks for one
+	begun  []chan struct{} // those asked for that have begun; closed when one is over
 }
 
 // A post is an entry on its way to Redis.
 type post struct {
 	entry
-	done chan error // gets the outcome of EXEC; buffered, so that nobody waits to give it
+	done chan error // gets the outcome of EXEC; buffered: send does not wait for who posts
 }
 
 var (
@@ -2493,8 +2493,8 @@ func (b *broker) run(ctx context.Context) {
 func (b *broker) setAway(why error) {
 	b.mu.Lock()
 	words, state, hint := inWords(why), "still away", ""
-	if b.told == nil {
-		b.since, b.told = time.Now(), map[string]bool{}
+	if b.logged == nil {
+		b.since, b.logged = time.Now(), map[string]bool{}
 		state = "away, trying again until it answers"
 		switch op, network := errors.AsType[*net.OpError](why); {
 		case b.why != errNotJoined:
@@ -2504,8 +2504,8 @@ func (b *broker) setAway(why error) {
 			hint = "; perhaps TLS is on one side only"
 		}
 	}
-	known := b.told[words]
-	b.why, b.told[words] = why, true
+	known := b.logged[words]
+	b.why, b.logged[words] = why, true
 	b.mu.Unlock()
 	if !known {
 		b.logf("redis is %s: %s%s", state, words, hint)
@@ -2516,10 +2516,10 @@ func (b *broker) setAway(why error) {
 func (b *broker) setJoined() {
 	b.mu.Lock()
 	was, after := b.why, ""
-	if b.told != nil {
+	if b.logged != nil {
 		after = fmt.Sprintf(" after %v", time.Since(b.since).Round(100*time.Millisecond))
 	}
-	b.why, b.told = nil, nil
+	b.why, b.logged = nil, nil
 	if was != nil {
 		b.joins++
 	}
@@ -2650,12 +2650,12 @@ func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 		err = ctx.Err()
 	}
 	for err == nil {
-		more := b.log.more()
+		next := b.log.next()
 		if id := b.log.idOf(key); id != "" {
 			return id, nil
 		}
 		select {
-		case <-more:
+		case <-next:
 		case <-ctx.Done():
 			err = ctx.Err()
 		}
@@ -2669,48 +2669,49 @@ func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 //
 // The rule: the log is the list. What only mine has goes in behind the entry that it stood behind
 // in mine, or in front if there is none; but in front of a full list it was pushed out, and is let
-// go. A foreign line stays behind the announced entry that its id names, and goes with it.
+// go. A foreign line stays behind the announced entry that its id names, and goes with it. So of
+// the list [a, b, d] and mine [a, c] the log is [a, c, b, d].
 //
 // forgot says that announced entries went in: Redis had lost them, so the log has to be written
 // back, with a gap at its end. It ends, because a write only adds to the list, in an order that
 // stays; and it leaves no hole, because an id enters the list once, by a post, or by a write whose
 // gap tells every reader.
 func reconcile(mine, list []entry, size int) (log []entry, forgot bool) {
-	type spot struct{ id, behind string } // an entry of the list, and the key behind which to go
+	type place struct{ id, behind string } // an entry of the list, and the key behind which to go
 	const front = ""
-	listed, history := map[string]spot{}, []entry(nil)
+	listed, history := map[string]place{}, []entry(nil)
 	for i, e := range list {
 		key := keyOf(e.id)
 		if _, copied := listed[key]; copied {
 			continue
 		}
-		listed[key] = spot{e.id, front}
+		listed[key] = place{e.id, front}
 		if i >= len(list)-size {
-			listed[key] = spot{e.id, key}
+			listed[key] = place{e.id, key}
 			history = append(history, e)
 		}
 	}
-	behind, at := map[string][]entry{}, front
+	added, last := map[string][]entry{}, front // key → what goes in behind it
 	for _, e := range mine {
-		if its, ok := listed[keyOf(e.id)]; ok {
-			at = its.behind
+		if same, ok := listed[keyOf(e.id)]; ok {
+			last = same.behind
 			continue
 		}
-		place := at
+		behind := last
 		base, foreign := e.base()
-		if its, ok := listed[keyOf(base)]; foreign && ok {
-			if place = its.behind; its.id != base {
+		if named, ok := listed[keyOf(base)]; foreign && ok {
+			if behind = named.behind; named.id != base {
 				continue
 			}
 		}
-		if place != front || len(list) < size {
-			behind[place] = append(behind[place], e)
+		if behind != front || len(list) < size {
+			added[behind] = append(added[behind], e)
 			forgot = forgot || !foreign
 		}
 	}
-	log = behind[front]
+	log = added[front]
 	for _, e := range history {
-		log = append(append(log, e), behind[keyOf(e.id)]...)
+		log = append(append(log, e), added[keyOf(e.id)]...)
 	}
 	return log, forgot
 }
@@ -2965,7 +2966,8 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 // the key was written back.
 const rewritten = "rewritten "
 
-// A feed takes in what Redis brings during one stay: first the list, then the subscription.
+// A feed takes in what Redis brings during one stay: first the list, then the subscription. From
+// then on it belongs to the goroutine of follow, but for echo and length, and renew, which is tend's.
 type feed struct {
 	log     *Log
 	channel string
@@ -3147,8 +3149,8 @@ func (b *broker) tend(pub redis.Conn, f *feed, broken <-chan error) error {
 // sync sends the word on a round trip. That it comes back shows that the subscription lives, and
 // that all is here that was published before; that it can be sent, that Redis takes writes. The
 // list's length and the key show that Redis forgot. Sent also in a busy room: what looks idle on
-// one connection, a proxy may end. What nobody uses any more expires in Redis; now and then it is told
-// that somebody does.
+// one connection, a proxy may end. What nobody uses any more expires in Redis; now and then it is
+// told that somebody does.
 func (b *broker) sync(c redis.Conn, f *feed) error {
 	least := f.least()
 	b.depart()

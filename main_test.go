@@ -1345,14 +1345,14 @@ func TestRounds(t *testing.T) {
 			synctest.Wait()
 			time.Sleep(heartbeat - time.Second)
 			start = time.Now()
-			more := l.more()
+			next := l.next()
 			for i := range 9 { // at 0, 1/4, 2/4, ... of the pause
 				if i%4 != 0 || i == 0 {
 					l.append(numbered(i, i+1)[0])
 					synctest.Wait()
 					select {
-					case <-more:
-						more = l.more()
+					case <-next:
+						next = l.next()
 					default:
 						t.Errorf("%d readers: a post waits for a round", test.readers)
 					}
@@ -3092,7 +3092,7 @@ func TestLimits(t *testing.T) {
 		}
 
 		post := func(id, address string) (status int, said string) {
-			status, said, _ = open.take(t.Context(), session{id: id, name: "x"}, address, cryptorand.Text(), "x")
+			status, said, _ = open.accept(t.Context(), session{id: id, name: "x"}, address, cryptorand.Text(), "x")
 			return status, said
 		}
 		burst := func(id, address string) (passed int) {
