@@ -61,6 +61,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 	"unicode/utf8"
@@ -296,7 +297,19 @@ var (
 func startRoom(t testing.TB, args ...string) *program {
 	t.Helper()
 	env, args := splitArgs(args)
-	getenv := func(name string) string {
+	p := newProgram(t, "the room")
+	ctx, cancel := context.WithCancel(context.Background())
+	p.interrupt = cancel
+	go func() {
+		defer close(p.ended)
+		p.err = run(ctx, args, environ(env...), &p.out, &p.log)
+	}()
+	return p.opened()
+}
+
+// environ is a getenv of these, NAME=value.
+func environ(env ...string) func(name string) string {
+	return func(name string) string {
 		for _, e := range slices.Backward(env) {
 			if value, ok := strings.CutPrefix(e, name+"="); ok {
 				return value
@@ -304,14 +317,6 @@ func startRoom(t testing.TB, args ...string) *program {
 		}
 		return ""
 	}
-	p := newProgram(t, "the room")
-	ctx, cancel := context.WithCancel(context.Background())
-	p.interrupt = cancel
-	go func() {
-		defer close(p.ended)
-		p.err = run(ctx, args, getenv, &p.out, &p.log)
-	}()
-	return p.opened()
 }
 
 // startProcess is startRoom with the built binary.
@@ -1520,19 +1525,33 @@ func (l pipeListener) send(request string, reads bool) {
 }
 
 // newTestServer is a room in memory that nobody serves.
-func newTestServer(t testing.TB, logf func(string, ...any)) *server {
+func newTestServer(t testing.TB, cfg *config, logf func(string, ...any)) *server {
 	t.Helper()
-	s, err := newServer(&config{channel: "chat"}, logf)
+	s, err := newServer(cfg, logf)
 	must(t, err)
 	t.Cleanup(s.room.log.close)
 	return s
+}
+
+// ask has it answer "METHOD /path", with a form, to a peer and with headers "Name: value".
+func (s *server) ask(request, body, peer string, headers ...string) *httptest.ResponseRecorder {
+	method, path, _ := strings.Cut(request, " ")
+	r, w := httptest.NewRequest(method, path, strings.NewReader(body)), httptest.NewRecorder()
+	r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	r.RemoteAddr = peer + ":4711"
+	for _, h := range headers {
+		if name, value, ok := strings.Cut(h, ": "); ok {
+			r.Header.Set(name, value)
+		}
+	}
+	s.ServeHTTP(w, r)
+	return w
 }
 
 // No connection that does nothing for the room stays for ever, and shutdown takes no time, or
 // stopTimeout where somebody holds it up.
 func TestConnectionsInTime(t *testing.T) {
 	expect(t, idleTimeout > time.Minute, "an idle connection is closed after %v, which may be before a proxy does", idleTimeout)
-	const never = time.Hour
 	for _, test := range []struct {
 		name, request string
 		reads         bool          // what is answered
@@ -1550,34 +1569,45 @@ func TestConnectionsInTime(t *testing.T) {
 		{"a long poll", rawGet("/stream?wait=25s"), true, 25 * time.Second, 0},
 		{"a stream that nobody reads", rawGet("/stream"), false, writeTimeout + writeRenew, stopTimeout},
 	} {
-		for _, stops := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, shutdown %v", test.name, stops), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					s := newTestServer(t, t.Logf)
-					srv, pipes := s.httpServer(t.Context()), make(pipeListener)
-					go srv.Serve(pipes)
-					start := time.Now()
-					pipes.send(test.request, test.reads)
-					if stops {
-						s.shutdown(srv)
-						took := time.Since(start)
-						synctest.Wait()
-						expect(t, took == test.stops && s.conns.Load() == 0 && s.streams == 0,
-							"it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), s.streams, test.stops)
-						return
-					}
-					for s.conns.Load() > 0 && time.Since(start) < never {
-						time.Sleep(time.Second)
-					}
-					if took := time.Since(start); took < test.stays || took > test.stays+2*time.Second {
-						t.Errorf("it is closed after %v, want %v", took, test.stays)
-					}
-					s.shutdown(srv)
-				})
-			})
-		}
+		inTime(t, test.name, test.stays, test.stops, func(pipes pipeListener) (end func()) {
+			pipes.send(test.request, test.reads)
+			return func() {}
+		})
 	}
 }
+
+// inTime sees, in a bubble each, how long a connection stays if the room stays open, and how long it
+// holds shutdown up. What is done with it may have an end of its own.
+func inTime(t *testing.T, name string, stays, stops time.Duration, does func(pipes pipeListener) (end func())) {
+	for _, closes := range []bool{false, true} {
+		t.Run(fmt.Sprintf("%s, shutdown %v", name, closes), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newTestServer(t, &config{}, t.Logf)
+				srv, pipes := s.httpServer(t.Context()), make(pipeListener)
+				go srv.Serve(pipes)
+				start := time.Now()
+				defer does(pipes)()
+				if closes {
+					s.shutdown(srv)
+					took := time.Since(start)
+					synctest.Wait()
+					expect(t, took == stops && s.conns.Load() == 0 && s.streams == 0,
+						"it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), s.streams, stops)
+					return
+				}
+				for s.conns.Load() > 0 && time.Since(start) < never {
+					time.Sleep(time.Second)
+					synctest.Wait()
+				}
+				took := time.Since(start)
+				expect(t, took >= stays && took <= stays+2*time.Second, "it is gone after %v, want %v", took, stays)
+				s.shutdown(srv)
+			})
+		})
+	}
+}
+
+const never = time.Hour // longer than anything in a bubble may stay
 
 // A hijacker is a request whose connection can be taken over only when the test says so.
 type hijacker struct {
@@ -1596,7 +1626,7 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 func TestShutdownWhileTakingOver(t *testing.T) {
 	for _, late := range []time.Duration{0, 2 * stopTimeout} {
 		synctest.Test(t, func(t *testing.T) {
-			s := newTestServer(t, t.Logf)
+			s := newTestServer(t, &config{}, t.Logf)
 			s.conns.Add(1)
 			here, there := net.Pipe()
 			w := &hijacker{httptest.NewRecorder(), there, make(chan struct{})}
@@ -1692,11 +1722,6 @@ func TestAddress(t *testing.T) {
 		{"127.0.0.1:1", []string{"::ffff:203.0.113.5"}, "203.0.113.5"},
 		{"[::ffff:127.0.0.1]:1", []string{"203.0.113.5"}, "203.0.113.5"},
 		{"127.0.0.1:1", []string{"\"[2001:db8::1]\", unknown"}, "127.0.0.1"},
-		{"127.0.0.1:1", []string{"nonsense"}, "127.0.0.1"},
-		{"127.0.0.1:1", []string{""}, "127.0.0.1"},
-		{"[::ffff:192.0.2.7]:1", nil, "192.0.2.7"},
-		{"[2001:db8:1:2:3:4:5:6]:1", nil, "2001:db8:1:2::"},
-		{"[fe80::1%eth0]:1", nil, "fe80::"},
 		{"[::ffff:192.0.2.7]:1", nil, "192.0.2.7"},
 		{"[2001:db8:1:2:3:4:5:6]:1", nil, "2001:db8:1:2::"},
 		{"[fe80::1%eth0]:1", nil, "fe80::"},
@@ -1732,7 +1757,7 @@ func TestJoinURL(t *testing.T) {
 		{"a proxy that changes Host", "backend:8989", "", "https://chat.example.org", nil, "-origin https://chat.example.org/"},
 		{"the first of two", "localhost:8989", "", "http://a.example", []string{localhost, lan}, "-origin http://A.example:80 -origin http://b.example"},
 	} {
-		cfg, err := configure(strings.Fields(test.origins), func(string) string { return "" }, io.Discard)
+		cfg, err := configure(strings.Fields(test.origins), environ(), io.Discard)
 		must(t, err)
 		r := httptest.NewRequest("GET", "/", nil)
 		r.Host = test.host
@@ -1790,7 +1815,7 @@ func TestOrigin(t *testing.T) {
 		"https://:443": "", "https://h:99999": "", "https://h:https": "", "http://192.168.1": "", "http://192.168.1.20.": "",
 		"http://[fe80::1%25eth0]": "", "https://a b": "", "https://a,https://b": "", "": "",
 	} {
-		cfg, err := configure([]string{"-origin", text}, func(string) string { return "" }, io.Discard)
+		cfg, err := configure([]string{"-origin", text}, environ(), io.Discard)
 		expect(t, (err == nil) == (want != "") && (err != nil || cfg.origin == want),
 			"-origin %q: got %v, %v, want %q", text, cfg, err, want)
 		expect(t, err == nil || !strings.Contains(err.Error(), "secret"), "-origin %q: the error has the password: %v", text, err)
@@ -2004,22 +2029,17 @@ func TestMetrics(t *testing.T) {
 	r.kill()
 	eventually(t, "Redis to be away", func() bool { return numbers()["chat_redis_joined"] == 0 })
 
-	s := newTestServer(t, t.Logf)
+	s := newTestServer(t, &config{}, t.Logf)
 	for _, test := range []struct {
 		peer, via string
 		status    int
 	}{
-		{"127.0.0.1:4711", "", 200}, {"[::1]:4711", "", 200}, {"192.0.2.1:4711", "", 404},
-		{"127.0.0.1:4711", "127.0.0.1", 404}, {"192.0.2.1:4711", "127.0.0.1", 404},
+		{"127.0.0.1", "", 200}, {"[::1]", "", 200}, {"192.0.2.1", "", 404},
+		{"127.0.0.1", "X-Forwarded-For: 127.0.0.1", 404}, {"192.0.2.1", "X-Forwarded-For: 127.0.0.1", 404},
 	} {
-		r, w := httptest.NewRequest("GET", "/metrics", nil), httptest.NewRecorder()
-		r.RemoteAddr = test.peer
-		if test.via != "" {
-			r.Header.Set("X-Forwarded-For", test.via)
-		}
-		s.ServeHTTP(w, r)
+		w := s.ask("GET /metrics", "", test.peer, test.via)
 		expect(t, w.Code == test.status && (w.Code != 404 || !strings.Contains(w.Body.String(), "chat_")),
-			"to %s via %q: got %d %q, want %d", test.peer, test.via, w.Code, w.Body, test.status)
+			"to %s, %q: got %d %q, want %d", test.peer, test.via, w.Code, w.Body, test.status)
 	}
 }
 
@@ -2123,7 +2143,6 @@ func TestLoginForm(t *testing.T) {
 		{"a name of markup, refused, is kept as text", open, form("user", `"><b>:`), 422, `value="&#34;&gt;&lt;b&gt;:"`},
 		{"the reason has the character", open, form("user", "Мs Wang"), 422, "U&#43;041C &#39;М&#39; cannot be used in this name."},
 		{"the next reason has its own", open, form("user", "a:b"), 422, "U&#43;003A &#39;:&#39; cannot be used in this name."},
-		{"a name of markup, refused, is kept as text", open, form("user", `"><b>:`), 422, `value="&#34;&gt;&lt;b&gt;:"`},
 		{"no name", open, "", 422, `name="user"`},
 		{"the right password", closed, form("user", "小明", "password", "geheim"), 303, ""},
 		{"a wrong password", closed, form("user", "小明", "password", "Geheim"), 403, `value="小明"`},
@@ -2808,16 +2827,11 @@ func TestRate(t *testing.T) {
 func TestFloodInTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var logged output
-		s, err := newServer(&config{rate: 5, password: "geheim"},
+		s := newTestServer(t, &config{rate: 5, password: "geheim"},
 			func(format string, args ...any) { fmt.Fprintf(&logged, format+"\n", args...) })
-		must(t, err)
-		defer s.room.log.close()
 		logins := func(n int, from, password string) {
 			for range n {
-				r := httptest.NewRequest("POST", "/login", strings.NewReader(form("user", "小明", "password", password)))
-				r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-				r.RemoteAddr = from + ":4711"
-				s.ServeHTTP(httptest.NewRecorder(), r)
+				s.ask("POST /login", form("user", "小明", "password", password), from)
 			}
 		}
 		want := ""
@@ -2848,10 +2862,7 @@ func TestFloodInTheLog(t *testing.T) {
 func TestLimits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		limited := func(rate float64, password string) *server {
-			s, err := newServer(&config{rate: rate, password: password}, t.Logf)
-			must(t, err)
-			t.Cleanup(s.room.log.close)
-			return s
+			return newTestServer(t, &config{rate: rate, password: password}, t.Logf)
 		}
 		closed, open, free := limited(5, "geheim"), limited(5, ""), limited(0, "geheim")
 		const wrong, right, message = "user=x&password=wrong", "user=x&password=geheim", "message=x"
@@ -2879,11 +2890,8 @@ func TestLimits(t *testing.T) {
 				time.Sleep(time.Duration(i) * time.Second)
 				passed := 0
 				for range 600 {
-					r, w := httptest.NewRequest("POST", test.path, strings.NewReader(test.body)), httptest.NewRecorder()
-					r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-					r.Header.Set("X-Forwarded-For", test.from)
-					r.RemoteAddr = "127.0.0.1:4711"
-					if test.s.ServeHTTP(w, r); w.Code == test.want {
+					w := test.s.ask("POST "+test.path, test.body, "127.0.0.1", "X-Forwarded-For: "+test.from)
+					if w.Code == test.want {
 						passed++
 					} else if w.Code != 429 || !onlySeconds.MatchString(w.Header().Get("Retry-After")) {
 						t.Fatalf("%s: got %d with Retry-After %q, want %d, or 429 with one", test.name, w.Code, w.Header().Get("Retry-After"), test.want)
@@ -2928,7 +2936,7 @@ func TestLimits(t *testing.T) {
 func TestLogOfPanics(t *testing.T) {
 	t.Parallel()
 	var logged output
-	s := newTestServer(t, func(format string, args ...any) { fmt.Fprintf(&logged, format, args...) })
+	s := newTestServer(t, &config{}, func(format string, args ...any) { fmt.Fprintf(&logged, format, args...) })
 	s.mux.HandleFunc("GET /panic", func(http.ResponseWriter, *http.Request) { panic("out of order") })
 	front := httptest.NewUnstartedServer(nil)
 	front.Config = s.httpServer(t.Context())
@@ -3549,11 +3557,8 @@ func TestYoungKey(t *testing.T) {
 		}
 		rooms := map[string]*server{}
 		for name, password := range map[string]string{"open": "", "closed": "geheim"} {
-			s, err := newServer(&config{password: password}, t.Logf)
-			must(t, err)
-			defer s.room.log.close()
-			s.signer.Store(newSigner(drawKey(now), password))
-			rooms[name] = s
+			rooms[name] = newTestServer(t, &config{password: password}, t.Logf)
+			rooms[name].signer.Store(newSigner(drawKey(now), password))
 		}
 		for _, age := range []time.Duration{0, keyGrace} {
 			time.Sleep(age)
@@ -3574,13 +3579,8 @@ func TestYoungKey(t *testing.T) {
 				{"the lesson of a closed room", "closed", "GET /lesson", true, page},
 				{"the login form", "closed", "GET /login", true, 200},
 			} {
-				method, path, _ := strings.Cut(test.request, " ")
-				r, w := httptest.NewRequest(method, path, strings.NewReader("message=x")), httptest.NewRecorder()
-				r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-				if test.cookie {
-					r.Header.Set("Cookie", cookieName+"=v1.9999999999.id.eA.stale")
-				}
-				rooms[test.room].ServeHTTP(w, r)
+				w := rooms[test.room].ask(test.request, "message=x", "192.0.2.1",
+					map[bool]string{true: "Cookie: " + cookieName + "=v1.9999999999.id.eA.stale"}[test.cookie])
 				again := w.Header().Get("Retry-After")
 				expect(t, w.Code == test.want && (again != "") == (test.want == 503),
 					"%s, under a key drawn %v ago: got %d, Retry-After %q, want %d", test.name, age, w.Code, again, test.want)
@@ -3743,14 +3743,8 @@ func TestUsage(t *testing.T) {
 		{"TZ=CST-8"}, {"TZ=:Shanghai"}, {"CHAT_KEY=geheim\ngeheim"}, {"CHAT_KEY=geheim\xff"}, {"CHAT_KEY=\n"},
 	} {
 		env, flags := splitArgs(args)
-		getenv := func(name string) string {
-			if len(env) > 0 && strings.HasPrefix(env[0], name+"=") {
-				return strings.TrimPrefix(env[0], name+"=")
-			}
-			return ""
-		}
 		var printed bytes.Buffer
-		err := run(ended, flags, getenv, &printed, &printed)
+		err := run(ended, flags, environ(env...), &printed, &printed)
 		if _, usage := errors.AsType[usageError](err); !usage {
 			t.Errorf("%q: got %v, want a usage error", args, err)
 		} else if text := err.Error(); text == "" || strings.Contains(text, "\n") || strings.Contains(text, "geheim") || printed.Len() > 0 {
@@ -3761,12 +3755,11 @@ func TestUsage(t *testing.T) {
 
 func TestEnvironment(t *testing.T) {
 	for _, zone := range []string{"", "UTC", "Asia/Shanghai", ":Asia/Shanghai", "/etc/localtime", ":/etc/localtime"} {
-		if _, err := configure(nil, func(name string) string { return map[string]string{"TZ": zone}[name] }, io.Discard); err != nil {
+		if _, err := configure(nil, environ("TZ="+zone), io.Discard); err != nil {
 			t.Errorf("TZ=%s: %v", zone, err)
 		}
 	}
-	env := map[string]string{"CHAT_KEY": "key\n", "CHAT_PASSWORD": "blue whale \r\n\n", "REDIS_URL": "localhost:6379\r\n"}
-	cfg, err := configure(nil, func(name string) string { return env[name] }, io.Discard)
+	cfg, err := configure(nil, environ("CHAT_KEY=key\n", "CHAT_PASSWORD=blue whale \r\n\n", "REDIS_URL=localhost:6379\r\n"), io.Discard)
 	must(t, err)
 	expect(t, cfg.key == "key" && cfg.password == "blue whale " && cfg.redis.Host == "localhost:6379",
 		"got the key %q, the password %q and Redis at %q", cfg.key, cfg.password, cfg.redis.Host)
@@ -3807,7 +3800,7 @@ func TestExitStatus(t *testing.T) {
 func TestFirstContact(t *testing.T) {
 	t.Parallel()
 	fails := func(args ...string) string {
-		return fmt.Sprint(run(t.Context(), args, func(string) string { return "" }, io.Discard, io.Discard))
+		return fmt.Sprint(run(t.Context(), args, environ(), io.Discard, io.Discard))
 	}
 	taken := strings.TrimPrefix(startRoom(t).url, "http://")
 	for _, c := range []struct{ name, got, want string }{
@@ -5896,13 +5889,13 @@ func (m *mix) judge() {
 
 // ---- readers ----
 
-// quietReader asks for /stream on a connection with little room and reads nothing by itself.
-func quietReader(t testing.TB, url string) net.Conn {
+// quietReader asks for events on a connection with little room and reads nothing by itself.
+func quietReader(t testing.TB, url, request string) net.Conn {
 	t.Helper()
 	conn := dial(t, url)
 	conn.(*net.TCPConn).SetReadBuffer(64 << 10)
 	conn.SetReadDeadline(time.Now().Add(2 * patience))
-	io.WriteString(conn, rawGet("/stream"))
+	io.WriteString(conn, request)
 	return conn
 }
 
@@ -6002,33 +5995,43 @@ func (e event) number() int {
 func TestReadersThatNeverRead(t *testing.T) {
 	t.Parallel()
 	const readers, messages = 300, 1000
-	p := startProcess(t)
-	c := newClient(t, p.url)
-	c.sayMany(ringSize, kilobyte)
-	files, before := p.descriptors(), p.resident()
-	for range readers {
-		quietReader(t, p.url)
-	}
-	live := c.stream("", "")
-	live.until("ping")
-	slowest := time.Duration(0)
-	for i := range messages {
-		start := time.Now()
-		c.say(fmt.Sprint(i, kilobyte))
-		got := live.message().number()
-		require(t, got == i, "somebody else heard %d, want %d", got, i)
-		slowest = max(slowest, time.Since(start))
-	}
-	expect(t, slowest <= 10*time.Second, "somebody else's message took %v", slowest)
-	if cost := p.unsent(); cost > 64<<10+blockSize || cost < 4<<10 {
-		t.Errorf("the kernel keeps %d bytes for one of them, want some and at most 64 KB and the last write", cost)
-	}
-	cost := (p.resident() - before) / readers
-	expect(t, cost <= 64, "each of them costs %d KB, want at most 64", cost)
-	t.Logf("each costs %d KB, and at most %d bytes in the kernel; the slowest message took %v", cost, p.unsent(), slowest)
-	if !testing.Short() {
-		live.close()
-		within(t, 2*patience, "those who do not read to be cut off", func() bool { return p.descriptors() < files+10 })
+	for name, request := range map[string]func(i int) string{
+		"streams": func(int) string { return rawGet("/stream") },
+		"WebSockets, of which half want to be answered": func(i int) string {
+			return shake("/ws") + strings.Repeat(masked(0x89, strings.Repeat("p", 125)), 50*(i%2))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := startProcess(t)
+			c := newClient(t, p.url)
+			c.sayMany(ringSize, kilobyte)
+			files, before := p.descriptors(), p.resident()
+			for i := range readers {
+				quietReader(t, p.url, request(i))
+			}
+			live := c.stream("", "")
+			live.until("ping")
+			slowest := time.Duration(0)
+			for i := range messages {
+				start := time.Now()
+				c.say(fmt.Sprint(i, kilobyte))
+				got := live.message().number()
+				require(t, got == i, "somebody else heard %d, want %d", got, i)
+				slowest = max(slowest, time.Since(start))
+			}
+			expect(t, slowest <= 10*time.Second, "somebody else's message took %v", slowest)
+			kept := p.unsent()
+			expect(t, kept <= 64<<10+blockSize && kept >= 4<<10,
+				"the kernel keeps %d bytes for one of them, want some and at most 64 KB and the last write", kept)
+			cost := (p.resident() - before) / readers
+			expect(t, cost <= 64, "each of them costs %d KB, want at most 64", cost)
+			t.Logf("each costs %d KB, and at most %d bytes in the kernel; the slowest message took %v", cost, kept, slowest)
+			if !testing.Short() {
+				live.close()
+				within(t, 2*patience, "those who do not read to be cut off", func() bool { return p.descriptors() < files+10 })
+			}
+		})
 	}
 }
 
@@ -6040,7 +6043,7 @@ func TestSlowReader(t *testing.T) {
 		messages = 150
 	}
 	c := newClient(t, startRoom(t).url)
-	conn := quietReader(t, c.url)
+	conn := quietReader(t, c.url, rawGet("/stream"))
 	slow, feed := io.Pipe()
 	defer slow.Close()
 	go func() {
@@ -6135,49 +6138,68 @@ func TestComingAndGoing(t *testing.T) {
 	if testing.Short() {
 		readers = 100
 	}
-	p := startProcess(t)
-	c := newClient(t, p.url)
-	c.say("hello")
-	ways := []func(*net.TCPConn){
-		func(conn *net.TCPConn) {},                                                 // FIN, after an answer
-		func(conn *net.TCPConn) { conn.SetLinger(0) },                              // RST
-		func(conn *net.TCPConn) { io.WriteString(conn, "x") },                      // a byte that nobody asked for
-		func(conn *net.TCPConn) { io.WriteString(conn, "GET / HTTP/1.1\r\n\r\n") }, // a second request
-		func(conn *net.TCPConn) { io.WriteString(conn, "x"); conn.SetLinger(0) },
-		func(conn *net.TCPConn) { conn.CloseWrite() },
+	sends := func(text string) func(*net.TCPConn) {
+		return func(conn *net.TCPConn) { io.WriteString(conn, text) }
 	}
-	files := p.descriptors()
-	var memory []int
-	for range rounds {
-		together(50, func(i int) {
-			for n := i; n < readers; n += 50 {
-				conn := quietReader(t, p.url).(*net.TCPConn)
-				if n%3 > 0 { // else gone before the answer
-					conn.Read(make([]byte, 2000))
-				}
-				ways[n%len(ways)](conn)
-				conn.Close()
+	reset := func(text string) func(*net.TCPConn) {
+		return func(conn *net.TCPConn) { io.WriteString(conn, text); conn.SetLinger(0) }
+	}
+	half := func(conn *net.TCPConn) { conn.CloseWrite() }
+	for _, test := range []struct {
+		name, request string
+		ways          []func(*net.TCPConn)
+	}{
+		{"streams", rawGet("/stream"), []func(*net.TCPConn){
+			sends(""),                       // FIN, after an answer
+			reset(""),                       // RST
+			sends("x"),                      // a byte that nobody asked for
+			sends("GET / HTTP/1.1\r\n\r\n"), // a second request
+			reset("x"), half}},
+		{"WebSockets", shake("/ws"), []func(*net.TCPConn){
+			sends(""), reset(""), half,
+			sends(masked(0x88, "\x03\xe8")),          // as it should
+			sends(announce(0x81, 65536, "abcd", "")), // in the middle of a frame
+			reset("\xff\xff"),                        // breaking the rules
+			sends(masked(0x01, "data: x")),           // in the middle of a message
+			reset("x"),
+			sends(say("x") + "\x89")}}, // with a post
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			p := startProcess(t)
+			c := newClient(t, p.url)
+			c.say("hello")
+			files := p.descriptors()
+			var memory []int
+			for range rounds {
+				together(50, func(i int) {
+					for n := i; n < readers; n += 50 {
+						conn := quietReader(t, p.url, test.request).(*net.TCPConn)
+						if n%3 > 0 { // else gone before the answer
+							conn.Read(make([]byte, 2000))
+						}
+						test.ways[n%len(test.ways)](conn)
+						conn.Close()
+					}
+				})
+				eventually(t, "the descriptors to come back", func() bool {
+					if testing.Short() {
+						c.say("hello") // shows who is gone sooner than the next ping
+					}
+					return p.descriptors() <= files+2
+				})
+				memory = append(memory, p.resident())
 			}
+			expect(t, memory[1] <= memory[0]+10<<10, "after %d readers, and twice as many, it holds %d KB", readers, memory)
+			left := p.goroutines()
+			expect(t, left <= 5, "%d goroutines are left, want about 3", left)
 		})
-		eventually(t, "the descriptors to come back", func() bool {
-			if testing.Short() {
-				c.say("hello") // shows who is gone sooner than the next ping
-			}
-			return p.descriptors() <= files+2
-		})
-		memory = append(memory, p.resident())
-	}
-	if memory[1] > memory[0]+10<<10 {
-		t.Errorf("it holds %d KB after %d readers and %d KB after twice as many", memory[0], readers, memory[1])
-	}
-	if n := p.goroutines(); n > 5 {
-		t.Errorf("%d goroutines are left, want about 3", n)
 	}
 }
 
 // Who is one connection too many is told, and let go.
 func TestOneConnectionTooMany(t *testing.T) {
-	s := newTestServer(t, t.Logf)
+	s := newTestServer(t, &config{}, t.Logf)
 	s.maxConns = 0
 	here, _ := net.Pipe()
 	defer here.Close()
@@ -6203,7 +6225,7 @@ func TestFewDescriptors(t *testing.T) {
 	var crowd []net.Conn
 	streams, refused := 0, 0
 	for range 100 {
-		conn := quietReader(t, p.url)
+		conn := quietReader(t, p.url, rawGet("/stream"))
 		crowd = append(crowd, conn)
 		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		switch {
@@ -6246,9 +6268,6 @@ func TestFewDescriptors(t *testing.T) {
 
 // ---- the server, and a proxy in front of it that can fail ----
 
-// startChat starts a room and returns its address, http://host:port.
-func startChat(t *testing.T, args ...string) string { return startRoom(t, args...).url }
-
 // A pageRelay stands between browser and server, and does to the traffic what networks do.
 type pageRelay struct {
 	t      *testing.T
@@ -6290,6 +6309,8 @@ func (p *pageRelay) start() {
 // stop ends every connection at once, as a killed server does.
 func (p *pageRelay) stop() { p.server.Close() }
 
+func (p *pageRelay) restart() { p.stop(); p.start() }
+
 // set changes the relay's behaviour.
 func (p *pageRelay) set(change func()) { p.mu.Lock(); defer p.mu.Unlock(); change() }
 
@@ -6316,10 +6337,7 @@ func (p *pageRelay) send(frames string) {
 // until waits for what is seen at the relay.
 func (p *pageRelay) until(what string, isSo func() bool) {
 	p.t.Helper()
-	now := func() (so bool) { p.set(func() { so = isSo() }); return so }
-	for deadline := time.Now().Add(10 * time.Second); !now(); time.Sleep(20 * time.Millisecond) {
-		require(p.t, !time.Now().After(deadline), "not so: %s", what)
-	}
+	within(p.t, 10*time.Second, what, func() (so bool) { p.set(func() { so = isSo() }); return so })
 }
 
 // opens waits until more than n streams have been opened.
@@ -6456,7 +6474,14 @@ func startBrowser(t *testing.T, args ...string) *browser {
 		"alwaysMatch": map[string]any{"goog:chromeOptions": options,
 			"goog:loggingPrefs": map[string]string{"browser": "ALL", "performance": "ALL"}}}})
 	b.session += "/" + created.SessionID
+	b.inject(short)
 	return b
+}
+
+// inject has a script run in each document of this tab, before those of the page.
+func (b *browser) inject(script string) {
+	b.t.Helper()
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": script})
 }
 
 // call sends one WebDriver command and decodes its value.
@@ -6504,10 +6529,7 @@ func (b *browser) open(url string) {
 // js runs a function body in the page and returns what it returns.
 func js[T any](b *browser, script string, args ...any) T {
 	b.t.Helper()
-	if args == nil {
-		args = []any{}
-	}
-	return call[T](b, "POST", "/execute/sync", map[string]any{"script": script, "args": args})
+	return call[T](b, "POST", "/execute/sync", map[string]any{"script": script, "args": append([]any{}, args...)})
 }
 
 // wait waits until the JS expression is true.
@@ -6518,16 +6540,21 @@ func (b *browser) wait(what, expression string, args ...any) {
 
 func (b *browser) waitFor(what string, d time.Duration, expression string, args ...any) {
 	b.t.Helper()
-	if args == nil {
-		args = []any{}
-	}
-	for deadline := time.Now().Add(d); ; time.Sleep(20 * time.Millisecond) {
-		var got struct{ Value any }
-		err := try(b, "POST", "/execute/sync", map[string]any{"script": "return !!(" + expression + ")", "args": args}, &got)
-		if err == nil && got.Value == true {
-			return
+	err := b.becomes(d, expression, args...)
+	require(b.t, err == nil, "%s: not within %v (%v)", what, d, err)
+}
+
+// becomes waits until a JS expression is true, and returns why it is not.
+func (b *browser) becomes(d time.Duration, expression string, args ...any) error {
+	script := map[string]any{"script": "return !!(" + expression + ")", "args": append([]any{}, args...)}
+	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		var got struct{ Value bool }
+		err := try(b, "POST", "/execute/sync", script, &got)
+		if err == nil && got.Value {
+			return nil
+		} else if time.Since(start) > d {
+			return cmp.Or(err, errors.New("it is false"))
 		}
-		require(b.t, !time.Now().After(deadline), "%s: not within %v (%v)", what, d, err)
 	}
 }
 
@@ -6579,6 +6606,7 @@ func (b *browser) newTab() string {
 	b.t.Helper()
 	tab := call[struct{ Handle string }](b, "POST", "/window/new", map[string]any{"type": "tab"}).Handle
 	b.toTab(tab)
+	b.inject(short)
 	return tab
 }
 
@@ -6587,6 +6615,13 @@ func (b *browser) tab() string { b.t.Helper(); return call[string](b, "GET", "/w
 func (b *browser) toTab(tab string) {
 	b.t.Helper()
 	call[any](b, "POST", "/window", map[string]any{"handle": tab})
+}
+
+// enter opens a page of the room and waits until it is live.
+func (b *browser) enter(url string) {
+	b.t.Helper()
+	b.open(url)
+	b.wait("the page is live", "document.body.dataset.state === 'live'")
 }
 
 // settle waits until the page has drawn what it was told: events of scrolling and of sizes are over.
@@ -6607,6 +6642,9 @@ func (b *browser) login(url, name string) {
 // say writes a message and presses Enter.
 func (b *browser) say(text string) { b.t.Helper(); b.keys("#text", text+"\uE007") }
 
+// says is say for what is seen in the log then.
+func (b *browser) says(text string) { b.t.Helper(); b.say(text); b.hasText(text) }
+
 // hasText waits until the log holds a row with this text.
 func (b *browser) hasText(text string) {
 	b.t.Helper()
@@ -6621,18 +6659,8 @@ type check struct{ what, js string }
 func (b *browser) checks(list ...check) {
 	b.t.Helper()
 	for _, c := range list {
-		var got struct{ Value any }
-		script := map[string]any{"script": "return !!(" + c.js + ")", "args": []any{}}
-		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-			err := try(b, "POST", "/execute/sync", script, &got)
-			if err == nil && got.Value == true {
-				break
-			}
-			if time.Now().After(deadline) {
-				b.t.Errorf("not so: %s (%s) %v", c.what, c.js, err)
-				break
-			}
-		}
+		err := b.becomes(10*time.Second, c.js)
+		expect(b.t, err == nil, "not so: %s (%s) %v", c.what, c.js, err)
 	}
 }
 
@@ -6658,8 +6686,7 @@ const short = `
 func visit(t *testing.T, args ...string) (*browser, *pageRelay) {
 	t.Helper()
 	b := startBrowser(t, args...)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
-	p := startPageRelay(t, startChat(t, "-rate", "0"))
+	p := startPageRelay(t, startRoom(t).url)
 	b.login(p.url(), "小明")
 	return b, p
 }
@@ -6667,7 +6694,6 @@ func visit(t *testing.T, args ...string) (*browser, *pageRelay) {
 func TestPageTwoPeople(t *testing.T) {
 	a, p := visit(t)
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	b.login(p.url(), "Ada")
 
 	a.checks(
@@ -6873,13 +6899,12 @@ func id() string { lastID++; return fmt.Sprintf("id-of-a-test-%06d", lastID) }
 // plain ones.
 func TestPageHostileTexts(t *testing.T) {
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	const messages = 200
 	fill := func(text string) (url string) {
-		url = startChat(t, "CHAT_KEY=the sessions of one room hold in the others", "-rate", "0")
-		say := httpClient(t, url, "Ada")
+		url = startRoom(t, "CHAT_KEY=the sessions of one room hold in the others").url
+		ada := newClient(t, url).login("Ada")
 		for range messages {
-			say(text)
+			ada.say(text)
 		}
 		b.login(url, "小明")
 		return url
@@ -7048,8 +7073,7 @@ func TestPageFaults(t *testing.T) {
 	b.say("refused")
 	b.checks(check{"what is refused says so", "$('#unsent .row[data-state=failed] .fate').innerText.replace(/\\s+/g, ' ') === 'Not sent Retry Delete'"})
 	fault(0)
-	b.say("passes it")
-	b.hasText("passes it")
+	b.says("passes it")
 	b.click("#unsent [value=retry]")
 	once("refused")
 	fault(400)
@@ -7077,8 +7101,7 @@ func TestPageFaults(t *testing.T) {
 	p.start()
 	b.waitFor("it comes back by itself", 20*time.Second, "state() === 'live'")
 	b.checks(check{"after ten minutes it goes only by Retry", "$$('#unsent [data-state=failed]').length === 2"})
-	b.say("young")
-	b.hasText("young")
+	b.says("young")
 	b.checks(check{"which the others wait for", "count('old') === 0 && $$('#unsent .row').length === 2"})
 	b.click("#unsent [value=retry]")
 	b.hasText("for a minute")
@@ -7114,8 +7137,7 @@ func TestPageFaults(t *testing.T) {
 	// An answer of 503 ends an EventSource for good.
 	var before int
 	p.set(func() { p.status["/stream"], before = 503, len(p.opened) })
-	p.stop()
-	p.start()
+	p.restart()
 	p.opens(before, "the stream is asked for again")
 	b.wait("lost", "state() === 'reconnecting'")
 	p.set(func() { p.status["/stream"] = 0 })
@@ -7154,8 +7176,7 @@ func TestPageFaults(t *testing.T) {
 	b.checks(check{"under the new name", "row('a letter of 小明').querySelector('bdi').textContent === '小明明'"})
 
 	p.set(func() { p.status["/stream"] = 401 })
-	p.stop()
-	p.start()
+	p.restart()
 	b.wait("a stream that wants a session: the login page", "location.pathname === '/login'")
 }
 
@@ -7229,8 +7250,7 @@ func TestPageKeys(t *testing.T) {
 	b.hasText("last")
 	var before int
 	p.set(func() { before = len(p.opened); p.status["/stream"] = 503 })
-	p.stop()
-	p.start()
+	p.restart()
 	p.opens(before, "the stream is asked for again")
 	p.set(func() { before = len(p.opened); p.status["/stream"] = 0 })
 	p.opens(before, "and again")
@@ -7288,8 +7308,7 @@ func TestPageHistoryAgain(t *testing.T) {
 // The worker knows the place of a gap, whose id is one like any other's.
 func TestPageWorkerKnowsGaps(t *testing.T) {
 	b, p := visit(t)
-	b.say("before")
-	b.hasText("before")
+	b.says("before")
 	p.send("event: gap\nid: gap-1111111111111111~abcdefgh\ndata:\n\n" + frame("key-of-a-message-h~abcdefgh", "[10:00:00] Ada: history") +
 		"event: ping\nid: gap-2222222222222222~abcdefgh\ndata:\n\n" + frame("key-of-a-message-l~abcdefgh", "[10:00:00] Ada: live"))
 	b.hasText("live")
@@ -7322,8 +7341,7 @@ func TestPageStorm(t *testing.T) {
 		b.say(fmt.Sprintf("storm %d", i))
 		switch chance.IntN(6) {
 		case 0:
-			p.stop()
-			p.start()
+			p.restart()
 		case 1:
 			p.set(func() { p.swallow = !p.swallow })
 		case 2:
@@ -7350,14 +7368,13 @@ func TestPageStorm(t *testing.T) {
 // Back from another page, perhaps out of the browser's cache, whose stream is of unknown health.
 func TestPageBack(t *testing.T) {
 	b, p := visit(t)
-	b.say("before")
-	b.hasText("before")
-	other := httpClient(t, p.target, "Ada")
+	b.says("before")
+	other := newClient(t, p.target).login("Ada")
 	b.open(p.url() + "/login")
-	other("meanwhile")
+	other.say("meanwhile")
 	call[any](b, "POST", "/back", nil)
 	b.waitFor("what came meanwhile", 4*time.Second, "count('meanwhile') === 1")
-	other("after")
+	other.say("after")
 	b.hasText("after")
 	t.Log("from the cache:", js[bool](b, "return performance.getEntriesByType('navigation')[0].type !== 'back_forward'"))
 	b.checks(check{"each once", "count('before') === 1 && count('meanwhile') === 1 && count('after') === 1 && !$('.gap') && state() === 'live'"})
@@ -7366,13 +7383,13 @@ func TestPageBack(t *testing.T) {
 // Whoever is quick writes before the script is here: the page is open, the network is slow.
 func TestPageTypedEarly(t *testing.T) {
 	b, p := visit(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": `
+	b.inject(`
 		new MutationObserver((_, observer) => { // scripts of the page run when all of it is read
 			const box = document.getElementById('text');
 			if (!box) return;
 			observer.disconnect();
 			box.value = window.name;
-		}).observe(document, { childList: true, subtree: true });`})
+		}).observe(document, { childList: true, subtree: true });`)
 	for _, c := range []struct{ what, draft, early, want string }{
 		{"nothing typed early: the draft", "a draft", "", "a draft"},
 		{"typed early, without a draft", "", "quick", "quick"},
@@ -7394,14 +7411,13 @@ func TestPageHeldBack(t *testing.T) {
 	b, p := visit(t)
 	p.set(func() { p.hold, p.opened = true, nil })
 	b.say("before")
-	p.stop()
-	p.start()
+	p.restart()
 	b.waitFor("behind a relay that holds answers back the page is live", 30*time.Second,
 		"state() === 'live' && count('before') === 1")
-	other := httpClient(t, p.target, "Ada")
+	other := newClient(t, p.target).login("Ada")
 	for i := range 3 {
 		text := fmt.Sprintf("through the relay %d", i)
-		other(text)
+		other.say(text)
 		b.waitFor(text, 20*time.Second, "count(arguments[0]) === 1", text)
 		b.checks(check{"it stays live", "state() === 'live'"})
 	}
@@ -7410,40 +7426,20 @@ func TestPageHeldBack(t *testing.T) {
 	})
 }
 
-// httpClient logs in without a browser and returns a function that posts.
-func httpClient(t *testing.T, base, name string) func(text string) {
-	t.Helper()
-	jar, _ := cookiejar.New(nil)
-	client := &http.Client{Jar: jar, Timeout: 10 * time.Second}
-	post := func(path string, form url.Values) {
-		t.Helper()
-		res, err := client.PostForm(base+path, form)
-		must(t, err)
-		res.Body.Close()
-		require(t, res.StatusCode < 300, "POST %s: %s", path, res.Status)
-	}
-	post("/login", url.Values{"user": {name}})
-	return func(text string) { t.Helper(); post("/post", url.Values{"message": {text}}) }
-}
-
 func TestPageTabs(t *testing.T) {
 	b, p := visit(t)
 	first := b.tab()
 	for range 7 {
 		b.newTab()
-		b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
-		b.open(p.url())
-		b.wait("live", "state() === 'live'")
+		b.enter(p.url())
 	}
-	b.say("from the eighth tab")
-	b.hasText("from the eighth tab")
+	b.says("from the eighth tab")
 	p.set(func() {
 		same(t, len(p.opened), 1, "eight tabs have opened")
 	})
 	b.toTab(first)
 	b.hasText("from the eighth tab")
 	b.newTab()
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	b.open(p.url())
 	b.hasText("from the eighth tab") // a new tab gets the history
 
@@ -7466,8 +7462,7 @@ func TestPageTabs(t *testing.T) {
 	b.keys("#text", "a draft of the first tab")
 	b.checks(check{"a tab keeps its draft", "sessionStorage.getItem('chat').includes('first tab')"})
 	second := b.newTab()
-	b.open(p.url())
-	b.wait("live", "document.body.dataset.state === 'live'")
+	b.enter(p.url())
 	b.click("#logout button")
 	b.wait("logged out", "location.pathname === '/login'")
 	b.toTab(first)
@@ -7480,27 +7475,16 @@ func TestPageTabs(t *testing.T) {
 
 func TestPageWithoutWorker(t *testing.T) {
 	b := startBrowser(t)
-	p := startPageRelay(t, startChat(t, "-rate", "0"))
+	p := startPageRelay(t, startRoom(t).url)
 	without := func() {
-		b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + `
+		b.inject(`
 			delete window.SharedWorker;
 			const every = window.setInterval; // half a minute becomes half a second
-			window.setInterval = (f, ms) => every(f, ms / 60);`})
+			window.setInterval = (f, ms) => every(f, ms / 60);`)
 	}
 	streams := func(want int, what string) {
 		t.Helper()
-		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-			p.mu.Lock()
-			n := len(p.streams)
-			p.mu.Unlock()
-			if n == want {
-				return
-			}
-			if time.Now().After(deadline) {
-				t.Errorf("%s: %d streams, want %d", what, n, want)
-				return
-			}
-		}
+		p.until(what, func() bool { return len(p.streams) == want })
 	}
 	without()
 	b.login(p.url(), "小明")
@@ -7510,8 +7494,7 @@ func TestPageWithoutWorker(t *testing.T) {
 	streams(1, "a tab that is alone keeps its stream, hidden or not")
 	b.newTab()
 	without()
-	b.open(p.url())
-	b.wait("live", "state() === 'live'")
+	b.enter(p.url())
 	streams(1, "a hidden tab lets go when another one has a stream")
 	b.say("to the hidden one")
 	js[any](b, "hide(false)") // stays as it is, wherever the driver goes
@@ -7541,8 +7524,7 @@ func TestPageWithoutWorker(t *testing.T) {
 	for range 7 {
 		b.newTab()
 		without()
-		b.open(p.url())
-		b.wait("live", "state() === 'live'")
+		b.enter(p.url())
 		js[any](b, "hide(true)")
 	}
 	b.say("from the eighth tab")
@@ -7554,8 +7536,7 @@ func TestPageWithoutWorker(t *testing.T) {
 // A server that has not found its room yet says "wait", and pings: that is not a connection.
 func TestPageWait(t *testing.T) {
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
-	p := startPageRelay(t, startChat(t))
+	p := startPageRelay(t, startRoom(t).url)
 	p.instead = "event: wait\ndata:\n\nevent: ping\ndata:\n\n"
 	b.open(p.url() + "/login")
 	b.keys("#user", "Ada\uE007")
@@ -7564,22 +7545,20 @@ func TestPageWait(t *testing.T) {
 	time.Sleep(300 * time.Millisecond) // time to believe it
 	b.checks(check{"the page does not claim to be live, or the room to be empty", "state() === 'connecting' && !seen($('#empty'))"})
 	p.set(func() { p.instead = "" })
-	p.stop()
-	p.start()
+	p.restart()
 	b.wait("then it is, and says so", "state() === 'live' && seen($('#empty'))")
 }
 
 // A worker that never answers is one that the page does without.
 func TestPageDeadWorker(t *testing.T) {
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short +
-		`window.SharedWorker = class { port = { postMessage() {} } };
+	b.inject(`
+		window.SharedWorker = class { port = { postMessage() {} } };
 		const later = window.setTimeout; // forty seconds become four
-		window.setTimeout = (f, ms) => later(f, ms > 30000 ? ms / 10 : ms);`})
-	p := startPageRelay(t, startChat(t))
+		window.setTimeout = (f, ms) => later(f, ms > 30000 ? ms / 10 : ms);`)
+	p := startPageRelay(t, startRoom(t).url)
 	b.login(p.url(), "小明")
-	b.say("without it")
-	b.hasText("without it")
+	b.says("without it")
 	p.opens(1, "silence for 38 s: a new stream")
 	b.checks(check{"which is live", "state() === 'live' && count('without it') === 1"})
 }
@@ -7588,7 +7567,7 @@ func TestPageDeadWorker(t *testing.T) {
 // asks for what follows the last message it has.
 func TestPageWorkerStartedAnew(t *testing.T) {
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + `
+	b.inject(`
 		window.asked = [];
 		window.SharedWorker = class {
 			constructor() {
@@ -7601,8 +7580,8 @@ func TestPageWorkerStartedAnew(t *testing.T) {
 				};
 				port2.postMessage([{ type: 'hello' }]);
 			}
-		};`})
-	p := startPageRelay(t, startChat(t))
+		};`)
+	p := startPageRelay(t, startRoom(t).url)
 	b.login(p.url(), "小明")
 	b.wait("the page asks for all", "JSON.stringify(asked) === '[\"\"]'")
 	js[any](b, `worker.postMessage([{ type: 'message', id: arguments[0], text: '[12:00:00] Ada: before' }, { type: 'ping', id: arguments[0] }])`, keyA)
@@ -7618,11 +7597,9 @@ func TestPageWorkerStartedAnew(t *testing.T) {
 // anew.
 func TestPageOutOfTheCache(t *testing.T) {
 	b, p := visit(t)
-	b.say("kept")
-	b.hasText("kept")
+	b.says("kept")
 	for _, page := range []string{"/", "/lesson"} {
-		b.open(p.url() + page)
-		b.wait(page+" is live", "state() === 'live'")
+		b.enter(p.url() + page)
 		js[any](b, "window.old = true; dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
 		b.wait(page+" starts anew", "!window.old && state() === 'live'")
 	}
@@ -7631,9 +7608,9 @@ func TestPageOutOfTheCache(t *testing.T) {
 // In Safari the field does not grow by itself, and the log does not keep its place.
 func TestPageKeepsItsPlaceInSafari(t *testing.T) {
 	b, p := visit(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": `
+	b.inject(`
 		const supports = CSS.supports.bind(CSS);
-		CSS.supports = (what, ...value) => !['field-sizing', 'overflow-anchor'].includes(what) && supports(what, ...value);`})
+		CSS.supports = (what, ...value) => !['field-sizing', 'overflow-anchor'].includes(what) && supports(what, ...value);`)
 	b.open(p.url())
 	many := func(n int, text string) {
 		var s strings.Builder
@@ -7675,11 +7652,9 @@ func TestPageNewTabWhileLost(t *testing.T) {
 		b, p := visit(t)
 		var before int
 		p.set(func() { c.lose(p); before = len(p.opened) })
-		p.stop()
-		p.start()
+		p.restart()
 		p.opens(before+c.opens-1, c.what+": the stream is asked for again")
 		b.newTab()
-		b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 		b.open(p.url())
 		b.wait(c.what+": a new tab says that the stream is lost", "state() === 'reconnecting'")
 	}
@@ -7729,8 +7704,7 @@ func TestPageScroll(t *testing.T) {
 	b.checks(check{"End goes to the end", "bottom() < 2"})
 	js[any](b, "$('#log').scrollTop = 2000")
 	b.settle()
-	b.say("mine")
-	b.hasText("mine")
+	b.says("mine")
 	b.checks(check{"so does a message of one's own", "bottom() < 2"})
 
 	js[any](b, `$('#log').scrollTop -= 1; $('#text').value = '\n\n\n\n'; $('#text').dispatchEvent(new Event('input'))`)
@@ -7921,10 +7895,9 @@ func TestPageDays(t *testing.T) {
 // The session is over: the room was in memory, and has been started anew.
 func TestPageComingBack(t *testing.T) {
 	b, p := visit(t)
-	other := startChat(t, "-rate", "0")
+	other := startRoom(t).url
 	p.set(func() { p.target = other })
-	p.stop()
-	p.start()
+	p.restart()
 	b.waitFor("the new room", 20*time.Second, "state() === 'live'")
 	b.say("a letter")
 	b.wait("it wants a session", "location.pathname === '/login'")
@@ -7970,8 +7943,7 @@ func TestLoginLeadsBack(t *testing.T) {
 // Without script a page says that it needs one, and offers nothing that half works.
 func TestPageWithoutScript(t *testing.T) {
 	b := startBrowser(t)
-	url := startChat(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+	url := startRoom(t).url
 	b.login(url, "小明")
 	b.cdp("Emulation.setScriptExecutionDisabled", map[string]any{"value": true})
 	for _, page := range []string{"/", "/lesson", "/?view=projector"} {
@@ -8024,8 +7996,7 @@ func TestPageSizes(t *testing.T) {
 	same(t, js[string](b, places), place, "a node beside the field moves things from")
 
 	// On a wall: as large in the hall, whatever the projector's pixels.
-	b.open(p.url() + "/?view=projector")
-	b.wait("live", "state() === 'live'")
+	b.enter(p.url() + "/?view=projector")
 	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("to be read from the last row ", 9)))
 	b.wait("a text", "texts().at(-1)?.startsWith('to be read')")
 	letters := map[int]float64{}
@@ -8047,8 +8018,7 @@ func TestPageSizes(t *testing.T) {
 func TestPageOwn(t *testing.T) {
 	b, p := visit(t)
 	own := func(text string) string { return fmt.Sprintf("row('%s').classList.contains('own')", text) }
-	b.say("mine")
-	b.hasText("mine")
+	b.says("mine")
 	p.send(frame(id(), "[10:00:00] 小明: not mine"))
 	b.hasText("not mine")
 	b.checks(check{"a message of this browser is marked, one under the same name is not", own("mine") + " && !" + own("not mine")},
@@ -8061,13 +8031,11 @@ func TestPageOwn(t *testing.T) {
 	b.open(p.url())
 	b.wait("reloaded", "row('mine')")
 	b.checks(check{"a reload knows its own", own("mine")})
-	b.open(p.url() + "/lesson")
-	b.wait("the lesson", "state() === 'live'")
+	b.enter(p.url() + "/lesson")
 	b.keys("#message", "from the lesson\uE007")
 	b.wait("it is sent", "$('#message').value === ''")
 	first := b.tab()
 	b.newTab()
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	b.open(p.url())
 	b.hasText("from the lesson")
 	b.checks(check{"so does another tab, also of what the lesson sent", own("mine") + " && " + own("from the lesson")})
@@ -8080,8 +8048,7 @@ func TestPageOwn(t *testing.T) {
 	b.checks(check{"and of what is sent while it is open", own("from the first tab")})
 	js[any](b, "hide(true)")
 	b.toTab(first)
-	b.say("from the first tab again")
-	b.hasText("from the first tab again")
+	b.says("from the first tab again")
 	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
 	js[any](b, "hide(false)")
 	b.hasText("from the first tab again")
@@ -8106,8 +8073,7 @@ func TestPageLooks(t *testing.T) {
 	p.send(frame(id(), "[10:00:00] Ada: "+long))
 	p.send(frame(id(), "[10:00:00] 李雷: ```\n"+long+"\n```\nhttps://example.com/"+long+" `"+long+"` plain"))
 	p.send(frame(id(), "[10:00:00] "+strings.Repeat("W", 24)+": hello"))
-	b.say("my own")
-	b.hasText("my own")
+	b.says("my own")
 	p.send(gapAndPing)
 	b.hasText("my own")
 	b.checks(check{"the time is small", "getComputedStyle(row('hello').querySelector('time')).fontSize === '12px'"})
@@ -8263,8 +8229,7 @@ func TestPageStructure(t *testing.T) {
 func TestPageProjector(t *testing.T) {
 	b, p := visit(t)
 	b.size(1920, 1080)
-	b.open(p.url() + "/?view=projector")
-	b.wait("live", "state() === 'live'")
+	b.enter(p.url() + "/?view=projector")
 	send := func(n int, text string) {
 		for i := range n {
 			p.send(frame(id(), fmt.Sprintf("[10:00:00] Ada: %s %d", text, i)))
@@ -8306,10 +8271,8 @@ func TestPageClean(t *testing.T) {
 	p.send(frame(id(), "[10:00:00] Ada: unread"))
 	b.wait("unread", "document.title.startsWith('(1)')")
 	js[any](b, "hide(false)")
-	b.open(p.url() + "/?view=projector")
-	b.wait("live", "state() === 'live'")
-	b.open(p.url())
-	b.wait("live", "state() === 'live'")
+	b.enter(p.url() + "/?view=projector")
+	b.enter(p.url())
 	b.click("#logout button")
 	b.wait("logged out", "location.pathname === '/login'")
 
@@ -8483,9 +8446,8 @@ const lessonScript = `
 func openLesson(t *testing.T, url string, args ...string) *browser {
 	t.Helper()
 	b := startBrowser(t, args...)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + lessonScript})
-	b.open(url + "/lesson")
-	b.wait("all three receive", "state() === 'live'")
+	b.inject(lessonScript)
+	b.enter(url + "/lesson")
 	return b
 }
 
@@ -8598,13 +8560,13 @@ func TestLessonCountsAGap(t *testing.T) {
 func TestLessonBarThatWasBrokenOff(t *testing.T) {
 	t.Parallel()
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + lessonScript + `
+	b.inject(lessonScript + `
 		window.cut = 0; // times that the end of SSE was read
 		Object.defineProperty(PerformanceResourceTiming.prototype, 'responseEnd', { get() {
 			if (new URL(this.name).pathname === '/stream' && !this.name.includes('wait=')) window.cut++;
 			return this.responseStart;
 		} });
-		window.barWidth = () => way('sse').querySelector('.bar').getBoundingClientRect().width;`})
+		window.barWidth = () => way('sse').querySelector('.bar').getBoundingClientRect().width;`)
 	b.open(strings.Replace(startRoom(t).url, "127.0.0.1", "chat.test", 1) + "/lesson")
 	b.wait("a bar of a second and more", "state() === 'live' && barWidth() > 30")
 	b.click("#break")
@@ -8707,8 +8669,7 @@ func TestLessonLosesNothing(t *testing.T) {
 	// A server that refuses: an EventSource gives up for good, the page does not.
 	came := []int{p.lessonOpens("0"), p.lessonOpens("25s"), p.lessonOpens("")}
 	p.set(func() { p.status["/stream"] = 503 })
-	p.stop()
-	p.start()
+	p.restart()
 	eventually(t, "all three to be refused", func() bool {
 		return p.lessonOpens("0") > came[0] && p.lessonOpens("25s") > came[1] && p.lessonOpens("") > came[2]
 	})
@@ -8738,11 +8699,7 @@ func TestLessonLosesNothing(t *testing.T) {
 // lessonCloses waits until nobody reads a stream.
 func (p *pageRelay) lessonCloses(after string) {
 	p.t.Helper()
-	eventually(p.t, "the streams to be closed after "+after, func() bool {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return len(p.streams) == 0
-	})
+	p.until("the streams are closed after "+after, func() bool { return len(p.streams) == 0 })
 }
 
 func TestLessonLooks(t *testing.T) {
@@ -8939,7 +8896,7 @@ func TestThreeWaysDeliverTheSame(t *testing.T) {
 
 // Every text of the lesson is there, and used.
 func TestLessonStrings(t *testing.T) {
-	s := newTestServer(t, t.Logf)
+	s := newTestServer(t, &config{}, t.Logf)
 	page, script := readFile(t, "assets/lesson.html"), readFile(t, "assets/lesson.js")
 	for _, key := range allMatches(regexp.MustCompile(`\bT\.([a-z_]+)`), script) {
 		expect(t, strings.Contains(page, `data-key="`+key+`">{{.T.`+key+`}}<`), "lesson.js asks for %s, which lesson.html does not give it", key)
@@ -9518,12 +9475,12 @@ func TestWebSocketAtTheEnd(t *testing.T) {
 
 // What a peer does that is no use to anybody costs the room no more than a stream would, and not for long.
 func TestWebSocketInTime(t *testing.T) {
-	const never, second = time.Hour, time.Second
-	every := func(pause time.Duration, what string) func(p *peer) {
-		return func(p *peer) {
+	const second = time.Second
+	every := func(pause time.Duration, what string) func(conn net.Conn) {
+		return func(conn net.Conn) {
 			for i := 0; ; i++ {
 				time.Sleep(pause)
-				if _, err := p.conn.Write([]byte{what[i%len(what)]}); err != nil {
+				if _, err := conn.Write([]byte{what[i%len(what)]}); err != nil {
 					return
 				}
 			}
@@ -9532,81 +9489,55 @@ func TestWebSocketInTime(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		reads bool
-		does  func(p *peer)
+		does  func(conn net.Conn)
 		stays time.Duration // if the room stays open
 		stops time.Duration // how long shutdown takes
 	}{
-		{"reads nothing", false, func(p *peer) {}, writeTimeout + writeRenew, stopTimeout},
-		{"answers nothing", true, func(p *peer) {}, heartbeat + pongTimeout, stopTimeout},
-		{"sends one byte after the ping", true, func(p *peer) { time.Sleep(16 * second); io.WriteString(p.conn, "\x81") },
+		{"reads nothing", false, func(conn net.Conn) {}, writeTimeout + writeRenew, stopTimeout},
+		{"answers nothing", true, func(conn net.Conn) {}, heartbeat + pongTimeout, stopTimeout},
+		{"sends one byte after the ping", true, func(conn net.Conn) { time.Sleep(16 * second); io.WriteString(conn, "\x81") },
 			2*heartbeat + pongTimeout, stopTimeout},
 		{"sends a byte a minute", true, every(61*second, say("never whole")), heartbeat + pongTimeout, stopTimeout},
 		{"sends a byte in 40 s", true, every(40*second, masked(0x81, strings.Repeat("x", 60000))), never, stopTimeout},
 		{"pings in 20 s", true, every(20*second, "\x89\x80abcd"), never, stopTimeout},
-		{"posts in 40 s", true, func(p *peer) {
+		{"posts in 40 s", true, func(conn net.Conn) {
 			for {
 				time.Sleep(40 * second)
-				if _, err := io.WriteString(p.conn, say("hello")); err != nil {
+				if _, err := io.WriteString(conn, say("hello")); err != nil {
 					return
 				}
 			}
 		}, never, stopTimeout},
-		{"announces much and sends nothing", true, func(p *peer) { io.WriteString(p.conn, announce(0x81, 65536, "abcd", "")) },
+		{"announces much and sends nothing", true, func(conn net.Conn) { io.WriteString(conn, announce(0x81, 65536, "abcd", "")) },
 			heartbeat + pongTimeout, stopTimeout},
-		{"goes without a word", true, func(p *peer) { p.conn.Close() }, 0, 0},
-		{"closes and stays", true, func(p *peer) { io.WriteString(p.conn, masked(0x88, "\x03\xe8")) }, closeTimeout, stopTimeout},
-		{"breaks the rules and stays", true, func(p *peer) { io.WriteString(p.conn, "\xff\xff") }, closeTimeout, stopTimeout},
-		{"closes, and then never ends", true, func(p *peer) {
-			io.WriteString(p.conn, masked(0x88, ""))
-			every(second, "x")(p)
+		{"goes without a word", true, func(conn net.Conn) { conn.Close() }, 0, 0},
+		{"closes and stays", true, func(conn net.Conn) { io.WriteString(conn, masked(0x88, "\x03\xe8")) }, closeTimeout, stopTimeout},
+		{"breaks the rules and stays", true, func(conn net.Conn) { io.WriteString(conn, "\xff\xff") }, closeTimeout, stopTimeout},
+		{"closes, and then never ends", true, func(conn net.Conn) {
+			io.WriteString(conn, masked(0x88, ""))
+			every(second, "x")(conn)
 		}, closeTimeout, stopTimeout},
 	} {
-		for _, stops := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, shutdown %v", test.name, stops), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					s := newTestServer(t, t.Logf)
-					srv, pipes := s.httpServer(t.Context()), make(pipeListener)
-					go srv.Serve(pipes)
-					here, there := net.Pipe()
-					pipes <- there
-					p := &peer{t, here, bufio.NewReader(here)}
-					io.WriteString(here, shake("/ws"))
-					start := time.Now()
-					if test.reads {
-						go io.Copy(io.Discard, here)
-					}
-					synctest.Wait()
-					var doing sync.WaitGroup
-					doing.Go(func() { test.does(p) })
-					defer doing.Wait()
-					defer here.Close()
-					synctest.Wait()
-					if stops {
-						s.shutdown(srv)
-						took := time.Since(start)
-						synctest.Wait()
-						expect(t, took == test.stops && s.conns.Load() == 0 && s.streams == 0,
-							"it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), s.streams, test.stops)
-						return
-					}
-					for s.conns.Load() > 0 && time.Since(start) < never {
-						time.Sleep(second)
-						synctest.Wait()
-					}
-					if took := time.Since(start); took < test.stays || took > test.stays+2*second {
-						t.Errorf("it is gone after %v, want %v", took, test.stays)
-					}
-					s.shutdown(srv)
-				})
-			})
-		}
+		inTime(t, test.name, test.stays, test.stops, func(pipes pipeListener) (end func()) {
+			here, there := net.Pipe()
+			pipes <- there
+			io.WriteString(here, shake("/ws"))
+			if test.reads {
+				go io.Copy(io.Discard, here)
+			}
+			synctest.Wait()
+			var doing sync.WaitGroup
+			doing.Go(func() { test.does(here) })
+			synctest.Wait()
+			return func() { here.Close(); doing.Wait() }
+		})
 	}
 }
 
 // In a silence both pings come, every 15 s. Who is closed by the process answers, and that is the end.
 func TestWebSocketPings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newTestServer(t, t.Logf)
+		s := newTestServer(t, &config{}, t.Logf)
 		srv, pipes := s.httpServer(t.Context()), make(pipeListener)
 		go srv.Serve(pipes)
 		here, there := net.Pipe()
@@ -9646,88 +9577,6 @@ func TestWebSocketPings(t *testing.T) {
 	})
 }
 
-// TestWebSocketsThatNeverRead are as in TestReadersThatNeverRead.
-func TestWebSocketsThatNeverRead(t *testing.T) {
-	t.Parallel()
-	const readers, messages = 200, 1000
-	p := startProcess(t)
-	c := newClient(t, p.url)
-	c.sayMany(messages, kilobyte)
-	files, before := p.descriptors(), p.resident()
-	for i := range readers {
-		conn := dial(t, p.url)
-		conn.(*net.TCPConn).SetReadBuffer(64 << 10)
-		io.WriteString(conn, shake("/ws"))
-		if i%2 == 0 { // and wants to be answered
-			io.WriteString(conn, strings.Repeat(masked(0x89, strings.Repeat("p", 125)), 50))
-		}
-	}
-	live := c.stream("", "")
-	live.until("ping")
-	slowest := time.Duration(0)
-	for i := range messages {
-		start := time.Now()
-		c.say(fmt.Sprint(i, kilobyte))
-		got := live.message().number()
-		require(t, got == i, "somebody else heard %d, want %d", got, i)
-		slowest = max(slowest, time.Since(start))
-	}
-	cost := (p.resident() - before) / readers
-	expect(t, slowest <= 10*time.Second && cost <= 64, "somebody else's message took %v, and each costs %d KB, want at most 64", slowest, cost)
-	t.Logf("each costs %d KB; the slowest message took %v", cost, slowest)
-	if !testing.Short() {
-		live.close()
-		within(t, 2*patience, "those who do not read to be cut off", func() bool { return p.descriptors() < files+10 })
-	}
-}
-
-// TestWebSocketsComeAndGo in every way there is. What they took comes back.
-func TestWebSocketsComeAndGo(t *testing.T) {
-	t.Parallel()
-	readers, rounds := 2500, 2
-	if testing.Short() {
-		readers = 100
-	}
-	p := startProcess(t)
-	c := newClient(t, p.url)
-	c.say("hello")
-	ways := []func(*net.TCPConn){
-		func(conn *net.TCPConn) {},                                                               // FIN, after an answer
-		func(conn *net.TCPConn) { conn.SetLinger(0) },                                            // RST
-		func(conn *net.TCPConn) { io.WriteString(conn, masked(0x88, "\x03\xe8")) },               // as it should
-		func(conn *net.TCPConn) { io.WriteString(conn, announce(0x81, 65536, "abcd", "")) },      // in the middle of a frame
-		func(conn *net.TCPConn) { io.WriteString(conn, "\xff\xff"); conn.SetLinger(0) },          // breaking the rules
-		func(conn *net.TCPConn) { io.WriteString(conn, masked(0x01, "data: x")) },                // in the middle of a message
-		func(conn *net.TCPConn) { conn.CloseWrite() },                                            // half
-		func(conn *net.TCPConn) { io.WriteString(conn, "x"); conn.SetLinger(0); conn.Close() },   // with a byte
-		func(conn *net.TCPConn) { io.WriteString(conn, say("x")); io.WriteString(conn, "\x89") }, // with a post
-	}
-	files := p.descriptors()
-	var memory []int
-	for range rounds {
-		together(50, func(i int) {
-			for n := i; n < readers; n += 50 {
-				conn := dial(t, p.url).(*net.TCPConn)
-				conn.SetDeadline(time.Now().Add(2 * patience))
-				io.WriteString(conn, shake("/ws"))
-				if n%3 > 0 { // else gone before the answer
-					conn.Read(make([]byte, 2000))
-				}
-				ways[n%len(ways)](conn)
-				conn.Close()
-			}
-		})
-		within(t, patience, "the descriptors to come back", func() bool { return p.descriptors() <= files+2 })
-		memory = append(memory, p.resident())
-	}
-	if memory[1] > memory[0]+10<<10 {
-		t.Errorf("it holds %d KB after %d readers and %d KB after twice as many", memory[0], readers, memory[1])
-	}
-	if n := p.goroutines(); n > 5 {
-		t.Errorf("%d goroutines are left, want about 3", n)
-	}
-}
-
 // FuzzWebSocket: whatever comes, the reader takes no more than a message may have, and what it takes for
 // one is UTF-8 that was sent whole, whatever the pieces in which it comes.
 func FuzzWebSocket(f *testing.F) {
@@ -9743,7 +9592,7 @@ func FuzzWebSocket(f *testing.F) {
 		for _, more := range []bool{false, true} {
 			in := bytes.NewReader(sent)
 			op, last, data, err := readFrame(in, room, more)
-			slowly := iotest{bytes.NewReader(sent)}
+			slowly := iotest.OneByteReader(bytes.NewReader(sent))
 			op2, last2, data2, err2 := readFrame(slowly, room, more)
 			require(t, op == op2 && last == last2 && bytes.Equal(data, data2) && (err == nil) == (err2 == nil),
 				"%x reads as %x %v %x %v, and a byte at a time as %x %v %x %v", sent, op, last, data, err, op2, last2, data2, err2)
@@ -9769,11 +9618,6 @@ func FuzzWebSocket(f *testing.F) {
 		}
 	})
 }
-
-// An iotest reads a byte at a time.
-type iotest struct{ io.Reader }
-
-func (r iotest) Read(b []byte) (int, error) { return r.Reader.Read(b[:min(len(b), 1)]) }
 
 // pythonReader hears the room through Debian's websockets, coming back as /stream's readers do: to the
 // next address, with the last id. It prints each text, "(gap)" if there was one, and how a post of its
@@ -10566,7 +10410,7 @@ func TestService(t *testing.T) {
 // checkFlags fails unless chat takes these arguments.
 func checkFlags(t *testing.T, args string) {
 	t.Helper()
-	if _, err := configure(strings.Fields(args), func(string) string { return "" }, t.Output()); err != nil {
+	if _, err := configure(strings.Fields(args), environ(), t.Output()); err != nil {
 		t.Errorf("chat %s: %v", args, err)
 	}
 }
@@ -10744,7 +10588,7 @@ func TestDocumentsAgree(t *testing.T) {
 	source, readme, running := readFile(t, "main.go"), readFile(t, "README.md"), readFile(t, ".github/running.md")
 	manual, _, _ := strings.Cut(source, "\npackage main\n")
 	var help bytes.Buffer
-	must(t, run(context.Background(), []string{"-h"}, func(string) string { return "" }, &help, io.Discard))
+	must(t, run(context.Background(), []string{"-h"}, environ(), &help, io.Discard))
 	flags := regexp.MustCompile(`(?m)^\s*-(\w+)`)
 	inHelp := allMatches(flags, help.String())
 	require(t, len(inHelp) >= 6, "-h lists %q", inHelp)
@@ -10846,7 +10690,7 @@ func TestLayout(t *testing.T) {
 // Every page is made in every language, links only to what exists, and brings no code of its
 // own.
 func TestPagesAreWhole(t *testing.T) {
-	s := newTestServer(t, t.Logf)
+	s := newTestServer(t, &config{}, t.Logf)
 	en, zh := keys(s.texts["en"]), keys(s.texts["zh"])
 	expect(t, slices.Equal(en, zh) && len(en) != 0, "strings.json has other keys in en and zh:\n%q\n%q", en, zh)
 	links := regexp.MustCompile(`(?:src|href|action)="([^"]*)"`)
