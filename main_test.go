@@ -121,9 +121,7 @@ func require(t testing.TB, ok bool, format string, args ...any) {
 // must ends the test if there is an error.
 func must(t testing.TB, err error) {
 	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
+	require(t, err == nil, "%v", err)
 }
 
 // need returns the path of a program that a test runs. Without it the test is skipped, or
@@ -878,9 +876,7 @@ func (s *answer) until(what string) (got []event) {
 		if e.kind == what || e.kind == "message" && e.text() == what {
 			return got
 		}
-		if e.kind == "end" {
-			s.t.Fatalf("the stream ended before %q, after %.500q", what, tell(got))
-		}
+		require(s.t, e.kind != "end", "the stream ended before %q, after %.500q", what, tell(got))
 	}
 }
 
@@ -921,6 +917,9 @@ var clockTime = regexp.MustCompile(`^\[([01]\d|2[0-3]):[0-5]\d:[0-5]\d\] `)
 
 // said is a message without its time.
 func (e event) said() string { return clockTime.ReplaceAllString(e.data, "") }
+
+// in is an event in one line.
+func (e event) in() string { return e.kind + " " + e.id + ": " + e.data }
 
 // text is a message without its time and its sender, if it has one.
 func (e event) text() string {
@@ -1201,9 +1200,7 @@ func TestLogPlaces(t *testing.T) {
 		l, c := newTestLog(t, 3, test.log), cursor{after: test.id}
 		same(t, strings.Join(drain(l, &c), ", "), test.want, "%s: from %q", test.name, test.id)
 	}
-	if l := newTestLog(t, 3, full); !l.read(&cursor{after: testID(99)}, false).unknown {
-		t.Error("an id that may be on its way is known")
-	}
+	expect(t, newTestLog(t, 3, full).read(&cursor{after: testID(99)}, false).unknown, "an id that may be on its way is known")
 }
 
 func TestLogKeepsTheNewest(t *testing.T) {
@@ -1662,9 +1659,8 @@ func TestSession(t *testing.T) {
 	value := k.sign(who)
 	got, ok := k.verify(value, now.Add(-time.Nanosecond))
 	expect(t, ok && got == who, "a nanosecond before it expires: got %v, %v, want %v", got, ok, who)
-	if _, ok := k.verify(value, now); ok {
-		t.Error("an expired session is accepted")
-	}
+	_, late := k.verify(value, now)
+	expect(t, !late, "an expired session is accepted")
 	for name, other := range map[string]*signer{"key": newSigner("other", ""), "password": newSigner("key", "secret"),
 		"label": {key: []byte("key")}} {
 		_, ok := other.verify(value, now.Add(-time.Second))
@@ -1979,12 +1975,8 @@ func TestRoutes(t *testing.T) {
 				"%s: %s: got %d, Location %q, want %d, %q", test.name, request, got.status, got.header.Get("Location"), test.status, test.location)
 		}
 	}
-	if got := stranger.get("/healthz").body; strings.TrimSpace(got) != "ok" {
-		t.Errorf("a healthy room says %q, want ok", got)
-	}
-	if got := member.get("/").body; !strings.Contains(got, "小明") {
-		t.Error("the chat page does not greet by name")
-	}
+	same(t, strings.TrimSpace(stranger.get("/healthz").body), "ok", "a healthy room says")
+	expect(t, strings.Contains(member.get("/").body, "小明"), "the chat page does not greet by name")
 }
 
 // What /metrics says is read as a Prometheus reads it; nobody but this machine gets any of it.
@@ -2091,9 +2083,7 @@ func TestPages(t *testing.T) {
 		checkProtected(t, page, got)
 		for _, found := range linked.FindAllStringSubmatch(got.body, -1) {
 			linked := c.get(found[1])
-			if linked.status != 200 {
-				t.Errorf("GET %s leads to %s, which is %d", page, found[1], linked.status)
-			}
+			expect(t, linked.status == 200, "GET %s leads to %s, which is %d", page, found[1], linked.status)
 			checkProtected(t, found[1], linked)
 		}
 	}
@@ -2611,9 +2601,7 @@ func TestMessageFrame(t *testing.T) {
 func TestResume(t *testing.T) {
 	t.Parallel()
 	c := newClient(t, startRoom(t, "-history", "2").url)
-	if e := c.stream("", "").next(patience); e.kind != "ping" || e.id != "0" || e.data != "" {
-		t.Errorf("an empty room starts with %v, want a ping of id 0", e)
-	}
+	same(t, c.stream("", "").next(patience).in(), "ping 0: ", "an empty room starts with")
 	waiting := c.stream("wait=25s", "0")
 	waiting.until("ping")
 	a, b, d := c.sayAs(keyA, "1"), c.sayAs(keyB, "2"), c.sayAs(keyA+"3", "3")
@@ -2663,18 +2651,15 @@ func TestResume(t *testing.T) {
 	}
 	for way, want := range map[string][3]int{"": {1000, 4000, 20}, "wait=0": {2000, 2000, 1}, "wait=25s": {200, 400, 15}} {
 		seen := slices.Sorted(maps.Keys(retries[way]))
-		if len(seen) < want[2] || seen[0] < want[0] || seen[len(seen)-1] > want[1] {
-			t.Errorf("/stream?%s: readers come back after %d ms, want %d to %d, each for itself", way, seen, want[0], want[1])
-		}
+		expect(t, len(seen) >= want[2] && seen[0] >= want[0] && seen[len(seen)-1] <= want[1],
+			"/stream?%s: readers come back after %d ms, want %d to %d, each for itself", way, seen, want[0], want[1])
 	}
 	if got := c.get("/stream?wait=0", "Last-Event-ID: "+a, "Last-Event-ID: "+b); got.status != 200 || !strings.Contains(got.body, "event: ping") {
 		t.Errorf("two headers: got %d, %q, want a whole answer", got.status, got.body)
 	}
 	none := newClient(t, startRoom(t, "-history", "0").url)
 	id := none.sayAs(keyA, "one")
-	if e := none.stream("", "").next(patience); e.kind != "ping" || e.id != id {
-		t.Errorf("without history a newcomer gets %v, want a ping of the id %s", e, id)
-	}
+	same(t, none.stream("", "").next(patience).in(), "ping "+id+": ", "a newcomer without history gets")
 	for query, want := range map[string]int{
 		"wait=0": 200, "wait=0s": 200, "wait=1ms": 200, "wait=0.01s": 200, "wait=1h": 200, "wait=2000000h": 200,
 		"wait=": 400, "wait=-1s": 400, "wait=-1ns": 400, "wait=5": 400, "wait=soon": 400, "wait=1e3s": 400,
@@ -3015,15 +3000,12 @@ func TestRedisLayout(t *testing.T) {
 	if got := newClient(t, r.room().url).newcomer(); !slices.Contains(got, long) || !slices.Equal(append(got, "foreign"), want) {
 		t.Errorf("a room that starts has %d messages, and the first one %d, want the same but for the foreign line", len(got), len(want))
 	}
-	if key := r.get("chat:key"); len(key) < 32 {
-		t.Errorf("chat:key holds %d bytes, want a key", len(key))
-	}
+	expect(t, len(r.get("chat:key")) >= 32, "chat:key holds %q, want a key", r.get("chat:key"))
 
 	class := newClient(t, r.room("-channel", "class").url) // another room
 	class.say("here")
-	if got := class.newcomer(); !slices.Equal(got, []string{"here"}) || len(r.history()) != len(list) {
-		t.Errorf("the room of -channel class holds %q, and the other one now %d messages", got, len(r.history()))
-	}
+	same(t, class.newcomer(), []string{"here"}, "the room of -channel class holds")
+	same(t, len(r.history()), len(list), "messages of the other one")
 	n, _ := redis.Int(r.do("EXISTS", "class:history", "class:key"), nil)
 	expect(t, n == 2, "of class:history and class:key %d exist", n)
 }
@@ -3095,9 +3077,7 @@ func TestLeast(t *testing.T) {
 	}
 	same(t, f.least(), 7, "5 items, a copy, a foreign line and a new one make")
 	f.begin(nil, "", 9999, false)
-	if got := f.least(); got != int64(listSize(ringSize)) {
-		t.Errorf("of a long list it is %d, want %d, which are kept", got, listSize(ringSize))
-	}
+	same(t, f.least(), int64(listSize(ringSize)), "of a long list it is what is kept")
 }
 
 // TestBadList joins a Redis whose list holds what no process wrote.
@@ -3303,9 +3283,7 @@ func TestUnknownID(t *testing.T) {
 	}
 	line.release()
 	elsewhere.say("three")
-	if got := early.upTo("three"); len(got) != 1 {
-		t.Errorf("behind an id that was on its way came %q, want what follows it", got)
-	}
+	same(t, early.upTo("three"), []string{"three"}, "behind an id that was on its way came")
 	same(t, lost.upTo("three"), []string{"(gap)", "one", "two", "three"}, "behind an id that did not arrive came")
 }
 
@@ -3387,12 +3365,11 @@ func TestWriteToRedisInTime(t *testing.T) {
 		c := timelyConn{near, redisTimeout}
 		go far.Read(make([]byte, 1))
 		time.Sleep(2 * redisTimeout) // since the connection was made, which is nothing to the write
-		if _, err := c.Write([]byte("x")); err != nil {
-			t.Errorf("writing what is taken: %v", err)
-		}
+		_, err := c.Write([]byte("x"))
+		same(t, err, nil, "writing what is taken")
 		time.Sleep(redisTimeout / 2) // nor is the time since the last one
 		start := time.Now()
-		_, err := c.Write([]byte("x"))
+		_, err = c.Write([]byte("x"))
 		took := time.Since(start)
 		expect(t, errors.Is(err, os.ErrDeadlineExceeded) && took == redisTimeout,
 			"writing what nobody takes: %v after %v, want the deadline after %v", err, took, redisTimeout)
@@ -3755,9 +3732,8 @@ func TestUsage(t *testing.T) {
 
 func TestEnvironment(t *testing.T) {
 	for _, zone := range []string{"", "UTC", "Asia/Shanghai", ":Asia/Shanghai", "/etc/localtime", ":/etc/localtime"} {
-		if _, err := configure(nil, environ("TZ="+zone), io.Discard); err != nil {
-			t.Errorf("TZ=%s: %v", zone, err)
-		}
+		_, err := configure(nil, environ("TZ="+zone), io.Discard)
+		expect(t, err == nil, "TZ=%s: %v", zone, err)
 	}
 	cfg, err := configure(nil, environ("CHAT_KEY=key\n", "CHAT_PASSWORD=blue whale \r\n\n", "REDIS_URL=localhost:6379\r\n"), io.Discard)
 	must(t, err)
@@ -4056,9 +4032,8 @@ func (test fault) underRooms(t *testing.T) {
 		got := c.get("/healthz")
 		expect(t, got.status == 503 && len(strings.TrimSpace(got.body)) >= 10 && got.retryAfter(),
 			"/healthz says %d %q, want 503, why, and Retry-After", got.status, got.body)
-		if got := c.newcomer(); len(got) < 2 || got[0] != "one" || got[1] != "two" {
-			t.Errorf("while Redis is away a newcomer gets %q, want what was said", got)
-		}
+		heard := c.newcomer()
+		same(t, heard[:min(2, len(heard))], []string{"one", "two"}, "while Redis is away a newcomer gets")
 	}
 
 	test.mends(r)
@@ -4126,9 +4101,7 @@ func (test fault) beforeStart(t *testing.T) {
 	test.mends(r)
 	room.joined()
 	c.say("hello")
-	if got := early.upTo("hello"); len(got) != 1 {
-		t.Errorf("who came before Redis was told %q, want hello", got)
-	}
+	same(t, early.upTo("hello"), []string{"hello"}, "who came before Redis was told")
 	room.changed("away", "joined")
 }
 
@@ -4380,9 +4353,8 @@ func TestAnswerOfExecLost(t *testing.T) {
 	}
 	c.say("after")
 	want := []string{"before", "lost", "after"}
-	if got := s.upTo("after"); !slices.Equal(got, want) || !slices.Equal(r.texts(), want) {
-		t.Errorf("its reader was told %q, and the list holds %q, want each once", got, r.texts())
-	}
+	same(t, s.upTo("after"), want, "its reader was told")
+	same(t, r.texts(), want, "the list holds")
 	room.changed("joined", "away", "joined")
 }
 
@@ -6125,9 +6097,8 @@ func TestRelayThatHoldsBack(t *testing.T) {
 	go func() { answered <- behind.stream("wait=50s", got[len(got)-2].id).until("end") }()
 	line.comes(1)
 	c.say("two")
-	if got := heard(<-answered); !slices.Equal(got, []string{"two"}) || time.Since(start) > 25*time.Second {
-		t.Errorf("long polling gives %q after %v, want the message at once", got, time.Since(start))
-	}
+	same(t, heard(<-answered), []string{"two"}, "long polling gives")
+	expect(t, time.Since(start) <= 25*time.Second, "it takes %v, want the message at once", time.Since(start))
 }
 
 // TestComingAndGoing has many readers come and go in every way there is. What they took comes
@@ -6260,9 +6231,7 @@ func TestFewDescriptors(t *testing.T) {
 		c.attempt(fmt.Sprint("hello-again-", n)) // shows the room who is gone
 		return c.get("/stream?wait=0").status == 200
 	})
-	if got := c.newcomer(); got[0] != "the room goes on" {
-		t.Errorf("a newcomer gets %q, want what was said first", got)
-	}
+	same(t, c.newcomer()[0], "the room goes on", "a newcomer gets first")
 	p.changed("joined", "away", "joined")
 }
 
@@ -7753,9 +7722,7 @@ func TestPageScroll(t *testing.T) {
 	rates := js[[]float64](b, "const s = (performance.now() - from) / 1000; return [frames / s, flushes / s]")
 	b.cdp("Emulation.setCPUThrottlingRate", map[string]any{"rate": 1})
 	t.Logf("50 messages a second, processor six times slower: %.0f frames, %.1f changes of the page a second", rates[0], rates[1])
-	if rates[1] > 10.5 {
-		t.Errorf("%.1f flushes a second", rates[1])
-	}
+	expect(t, rates[1] <= 10.5, "%.1f flushes a second", rates[1])
 	same(t, live, "off", "at 50 messages a second aria-live is")
 	b.wait("all are there", "texts().at(-1).endsWith('number 249')")
 	time.Sleep(2100 * time.Millisecond)
@@ -7980,9 +7947,7 @@ func TestPageSizes(t *testing.T) {
 	before := js[[]float64](b, sizes)
 	js[any](b, "document.documentElement.style.fontSize = '150%'")
 	for i, after := range js[[]float64](b, sizes) {
-		if math.Abs(after-1.5*before[i]) > .01 {
-			t.Errorf("with type half again as large text %d is %v px instead of %v", i, after, 1.5*before[i])
-		}
+		expect(t, math.Abs(after-1.5*before[i]) <= .01, "with type half again as large text %d is %v px instead of %v", i, after, 1.5*before[i])
 	}
 
 	// What an extension puts beside the field.
@@ -8287,9 +8252,7 @@ func TestPageClean(t *testing.T) {
 		}
 		asked++
 		for _, m := range origin.FindAllStringSubmatch(e.Message, -1) {
-			if !strings.HasPrefix(m[1], p.url()) {
-				t.Errorf("a request to %s", m[1])
-			}
+			expect(t, strings.HasPrefix(m[1], p.url()), "a request to %s", m[1])
 		}
 	}
 	expect(t, asked >= 10, "only %d requests were seen", asked)
@@ -8371,9 +8334,8 @@ func TestPageFloor(t *testing.T) {
 			continue
 		}
 		for i, since := range f.since {
-			if since > floor[i] {
-				t.Errorf("%s: %s has it since %v, and is promised from %v", f.name, []string{"Chromium", "Firefox", "Safari"}[i], since, floor[i])
-			}
+			expect(t, since <= floor[i],
+				"%s: %s has it since %v, and is promised from %v", f.name, []string{"Chromium", "Firefox", "Safari"}[i], since, floor[i])
 		}
 	}
 }
@@ -8497,9 +8459,8 @@ func TestLessonCounts(t *testing.T) {
 		performance.now = clock;
 		return [after[0] - before[0], after[1] - before[1], Math.sign(before[0] - bars)];
 	})()`)
-	if !slices.Equal(left, []int{0, 0, 1}) {
-		t.Errorf("35 s later polling has %d more requests, %d more bytes, and fewer bars %d; want 0, 0, 1", left[0], left[1], left[2])
-	}
+	expect(t, slices.Equal(left, []int{0, 0, 1}),
+		"35 s later polling has %d more requests, %d more bytes, and fewer bars %d; want 0, 0, 1", left[0], left[1], left[2])
 	// A browser keeps 250 entries at most, unless they are thrown away.
 	b.checks(check{"read entries are thrown away", "performance.getEntriesByType('resource').length < 3"})
 }
@@ -8633,9 +8594,7 @@ func TestLessonLosesNothing(t *testing.T) {
 	before = p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens("")
 	person.postKey(lessonKey(5), "five")
 	time.Sleep(2500 * time.Millisecond)
-	if after := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens(""); after != before {
-		t.Errorf("a hidden tab made %d requests", after-before)
-	}
+	same(t, p.lessonOpens("0")+p.lessonOpens("25s")+p.lessonOpens(""), before, "requests since the tab is hidden, and before")
 	js[any](b, "hide(false)")
 	b.wait("it comes back", "each('messages').join() === '5,5,5'")
 
@@ -8714,9 +8673,7 @@ func TestLessonLooks(t *testing.T) {
 				t.Errorf("%s, %d × %d: %s", c.lang, size[0], size[1], wrong)
 			}
 			columns := js[int](b, "return new Set($$('.card').map((n) => Math.round(n.getBoundingClientRect().left))).size")
-			if want := map[bool]int{true: 3, false: 1}[size[0] > 760]; columns != want {
-				t.Errorf("%s: %d columns at %d px, want %d", c.lang, columns, size[0], want)
-			}
+			same(t, columns, map[bool]int{true: 3, false: 1}[size[0] > 760], "%s: columns at %d px", c.lang, size[0])
 		}
 		b.size(1024, 768)
 		b.checks(check{"time lines and numbers on one screen", "scrollTo(0, 0), $$('.plot').every((n) => n.getBoundingClientRect().bottom < 768)"})
@@ -9271,9 +9228,7 @@ func TestWebSocketHandshake(t *testing.T) {
 		expect(t, h.Get("Upgrade") == protocol && h.Get("Sec-WebSocket-Version") == version && h.Get("Sec-WebSocket-Accept") == accept && (protocol == "" || h.Get("Connection") == "Upgrade" || test.name == "HTTP/1.0") && h.Get("Sec-WebSocket-Protocol")+h.Get("Sec-WebSocket-Extensions") == "",
 			"%s: got %d with %v", test.name, got.status, h)
 	}
-	if got := rawRequest(t, c.url, shake("/ws", "Origin: http://evil.example")); !strings.Contains(got.body, "-origin") {
-		t.Errorf("another site's page is told %q, want what to do", got.body)
-	}
+	expect(t, strings.Contains(rawRequest(t, c.url, shake("/ws", "Origin: http://evil.example")).body, "-origin"), "another site's page is not told what to do")
 	room.changed()
 }
 
@@ -9505,9 +9460,7 @@ func TestWebSocketPings(t *testing.T) {
 			s.shutdown(srv)
 			ended <- time.Since(start)
 		}()
-		if got := p.until("close 1001"); len(got) != 2 || got[0] != "(ping)" {
-			t.Errorf("at the end comes %q", got)
-		}
+		same(t, p.until("close 1001"), []string{"(ping)", "close 1001"}, "at the end comes")
 		p.send(masked(0x88, "\x03\xe9"))
 		here.Close()
 		same(t, <-ended, 0, "a peer that closes holds the end up for")
@@ -9722,9 +9675,7 @@ func TestWebSocketOfChromium(t *testing.T) {
 		expect(t, a.Status == 204 && nameOf(a.ID) == want && a.ID == answers[i/2*2].ID,
 			"post %d is answered %+v, want 204 and the id of %s", i, a, want)
 	}
-	if answers[40].Status != 400 {
-		t.Errorf("what is no event is answered %+v", answers[40])
-	}
+	expect(t, answers[40].Status == 400, "what is no event is answered %+v", answers[40])
 	if got := newClient(t, stays.url).newcomer(); len(r.history()) != len(want)+20 || got[len(got)-1] != "你好 19" {
 		t.Errorf("20 posts, each sent twice, are %d in Redis", len(r.history())-len(want))
 	}
@@ -9812,9 +9763,7 @@ func TestWebSocketBehindProxies(t *testing.T) {
 			same(t, rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Origin: http://other.example")).status, 403, "a page of another site gets")
 			same(t, rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Upgrade:")).status, 426, "without a handshake comes")
 			p.send(masked(0x88, "\x0b\xb9"))
-			if got := p.until("close 3001"); len(got) != 1 || p.word() != "end" {
-				t.Errorf("a close is answered %q", got)
-			}
+			same(t, append(p.until("close 3001"), p.word()), []string{"close 3001", "end"}, "a close is answered")
 
 			if rooms == nil {
 				return
@@ -9929,9 +9878,7 @@ func blocks(t testing.TB, language string) []string {
 func adapt(t testing.TB, text string, oldnew ...string) string {
 	t.Helper()
 	for pair := range slices.Chunk(oldnew, 2) {
-		if !strings.Contains(text, pair[0]) {
-			t.Fatalf("no %q in\n%s", pair[0], text)
-		}
+		require(t, strings.Contains(text, pair[0]), "no %q in\n%s", pair[0], text)
 		text = strings.ReplaceAll(text, pair[0], pair[1])
 	}
 	return text
@@ -9997,9 +9944,7 @@ func TestBehindNginx(t *testing.T) {
 		last = e.id
 		expect(t, e.said() == "小明: "+text, "heard %q, want %q", e.said(), text)
 	}
-	if got := c.newcomer(); len(got) != 3 {
-		t.Errorf("polling gives %q, want three messages", got)
-	}
+	same(t, c.newcomer(), []string{"one", "two", "three"}, "polling gives")
 	waiting := c.stream("wait=25s", last)
 	waiting.until("ping")
 	c.say("four")
@@ -10263,9 +10208,7 @@ func TestProcessesBehindNginx(t *testing.T) {
 		expect(t, got.status == 301 && strings.HasPrefix(to, "https://") && strings.HasSuffix(to, "/login"),
 			"without TLS: got %d to %q, want 301 to https", got.status, to)
 	}
-	if got := newClient(t, "http://127.0.0.1:"+plain).get(challenge + "token"); got.status != 200 || got.body != "proof" {
-		t.Errorf("who gives certificates gets %d %q, want what certbot put there", got.status, got.body)
-	}
+	same(t, newClient(t, "http://127.0.0.1:"+plain).get(challenge+"token").body, "proof", "who gives certificates gets")
 }
 
 func TestProcessesBehindCaddy(t *testing.T) {
@@ -10320,9 +10263,8 @@ func TestService(t *testing.T) {
 // checkFlags fails unless chat takes these arguments.
 func checkFlags(t *testing.T, args string) {
 	t.Helper()
-	if _, err := configure(strings.Fields(args), environ(), t.Output()); err != nil {
-		t.Errorf("chat %s: %v", args, err)
-	}
+	_, err := configure(strings.Fields(args), environ(), t.Output())
+	expect(t, err == nil, "chat %s: %v", args, err)
 }
 
 // Every line of shell in the documents is run, or its flags are read; curl and redis-cli speak to
@@ -10427,17 +10369,14 @@ func TestReadmeInChinese(t *testing.T) {
 			"headings' ranks": "(?m)^(#+) ",
 		} {
 			want, got := allMatches(regexp.MustCompile(re), english), allMatches(regexp.MustCompile(re), chinese)
-			if len(want) == 0 && (what != "rows of flags" || names[0] == "README.md") || !slices.Equal(got, want) {
-				t.Errorf("%s: %s has %q, %s %q", what, names[1], got, names[0], want)
-			}
+			expect(t, (len(want) != 0 || what == "rows of flags" && names[0] != "README.md") && slices.Equal(got, want),
+				"%s: %s has %q, %s %q", what, names[1], got, names[0], want)
 		}
 		numbers := regexp.MustCompile(`\b(\d{2,})\b`)
 		want, got := allMatches(numbers, english), allMatches(numbers, chinese)
 		slices.Sort(want)
 		slices.Sort(got)
-		if !slices.Equal(slices.Compact(got), slices.Compact(want)) {
-			t.Errorf("%s has the numbers %s, %s %s", names[1], got, names[0], want)
-		}
+		expect(t, slices.Equal(slices.Compact(got), slices.Compact(want)), "%s has the numbers %s, %s %s", names[1], got, names[0], want)
 	}
 }
 
@@ -10486,9 +10425,7 @@ func TestLinksOfDocuments(t *testing.T) {
 	}
 	for _, names := range documents[1:] {
 		for lang, name := range names {
-			if !slices.Contains(linked[lang], name) {
-				t.Errorf("%s does not link to %s", documents[0][lang], name)
-			}
+			expect(t, slices.Contains(linked[lang], name), "%s does not link to %s", documents[0][lang], name)
 		}
 	}
 }
@@ -10521,9 +10458,8 @@ func TestDocumentsAgree(t *testing.T) {
 		if row := regexp.MustCompile("\\| `-" + d[1] + ".*").FindString(readme); !strings.Contains(row, "`"+d[2]+"`") {
 			t.Errorf("README.md on -%s does not give its default %s: %q", d[1], d[2], row)
 		}
-		if !regexp.MustCompile(`(?s)-` + d[1] + ` .{0,200}default "?` + regexp.QuoteMeta(d[2])).MatchString(manual) {
-			t.Errorf("the manual on -%s does not give its default %s", d[1], d[2])
-		}
+		expect(t, regexp.MustCompile(`(?s)-`+d[1]+` .{0,200}default "?`+regexp.QuoteMeta(d[2])).MatchString(manual),
+			"the manual on -%s does not give its default %s", d[1], d[2])
 	}
 	for _, name := range allMatches(regexp.MustCompile(`getenv\("(\w+)"\)`), source) {
 		expect(t, strings.Contains(manual, "$"+name) && strings.Contains(readme, name), "%s is missing in the manual or in README.md", name)
