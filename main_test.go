@@ -3823,8 +3823,8 @@ func TestFirstContact(t *testing.T) {
 func TestAloneInAFolder(t *testing.T) {
 	t.Parallel()
 	chroot := need(t, "chroot", "apt-get install coreutils")
-	if runtime.GOOS != "linux" || os.Getuid() != 0 {
-		t.Skip("root on Linux alone can make a folder all there is")
+	if runtime.GOOS != "linux" || os.Getuid() != 0 || testing.Short() {
+		t.Skip("root on Linux alone can make a folder all there is; it builds once more")
 	}
 	dir := t.TempDir()
 	build := exec.Command("go", "build", "-o", filepath.Join(dir, "chat"), ".")
@@ -4753,6 +4753,9 @@ func TestReconcile(t *testing.T) {
 func TestModel(t *testing.T) {
 	t.Parallel()
 	first, runs := rand.Uint64()>>1, 300
+	if testing.Short() {
+		runs = 100
+	}
 	if seed, err := strconv.ParseUint(os.Getenv("CHAT_SEED"), 10, 64); err == nil {
 		first, runs = seed, 1
 	}
@@ -5966,7 +5969,10 @@ func (e event) number() int {
 // hold nobody up, and be gone in the end.
 func TestReadersThatNeverRead(t *testing.T) {
 	t.Parallel()
-	const readers, messages = 300, 1000
+	readers, messages := 300, 1000
+	if testing.Short() {
+		readers, messages = 100, 300
+	}
 	for name, request := range map[string]func(i int) string{
 		"streams": func(int) string { return rawGet("/stream") },
 		"WebSockets, of which half want to be answered": func(i int) string {
@@ -9818,34 +9824,11 @@ func TestWebSocketInDocuments(t *testing.T) {
 		`["anonymous: hello from the console", '{"status":204,"id":"'].every((part) => said.some((text) => text.includes(part)))`)
 }
 
-// BenchmarkWebSocket is the fan-out to 2000 readers through WebSockets beside the same through /stream,
-// from a process of its own on the first processor, as in BenchmarkBeside. In a burst what a delivery
-// costs depends most of all on how many messages go out at once, so compare where that is alike.
+// BenchmarkWebSocket is the fan-out through WebSockets beside the same through /stream. In a burst what a
+// delivery costs depends most of all on how many messages go out at once, so compare where that is alike.
 func BenchmarkWebSocket(b *testing.B) {
-	for _, mode := range []struct {
-		name  string
-		every time.Duration
-	}{{"burst", 0}, {"steady", 20 * time.Millisecond}} {
-		for name, request := range map[string]string{"stream": rawGet("/stream"), "websocket": shake("/ws")} {
-			b.Run(mode.name+"/"+name, func(b *testing.B) {
-				addr, pid := pinnedRoom(b)
-				few := gather(b, 100, addr, request) // what all readers share is there now
-				_, before := used(b, pid)
-				crowd := gather(b, 2000, addr, request)
-				cpu, memory := used(b, pid)
-				crowd.expect(b.N)
-				reads := crowd.reads.Load()
-				b.ResetTimer()
-				publish(b, "http://"+addr+"/post", mode.every)
-				crowd.await(b)
-				deliveries := b.N * (few.readers + crowd.readers)
-				after, _ := used(b, pid)
-				b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(deliveries), "cpu-ns/delivery")
-				b.ReportMetric(float64(b.N*crowd.readers)/float64(crowd.reads.Load()-reads), "messages/read")
-				b.ReportMetric(float64(memory-before)/float64(crowd.readers), "B/reader")
-			})
-		}
-	}
+	beside(b, "stream", pinnedRoom, rawGet("/stream"))
+	beside(b, "websocket", pinnedRoom, shake("/ws"))
 }
 
 // ---- documents ----
@@ -10283,6 +10266,7 @@ func TestShellLines(t *testing.T) {
 			"hello from curl", "hello from curl: C++ & 100%41").Replace(line)) // what a student may put there
 		endless := strings.Contains(line, "curl -N") || strings.Contains(line, "SUBSCRIBE")
 		switch {
+		case testing.Short() && strings.HasPrefix(strings.TrimPrefix(line, "CGO_ENABLED=0 "), "go "): // it builds once more
 		case strings.Contains(line, "./chat"): // the address and Redis of the test come last and win
 			line = strings.Replace(line, "./chat", `exec "$0"`, 1) + ` "$@"`
 			args := []string{}
@@ -10679,34 +10663,34 @@ func BenchmarkFanout(b *testing.B) {
 // own on the first processor: nginx with nchan, and a loop that does nothing but write. Started
 // under "taskset -c 1" the readers have the second one.
 func BenchmarkBeside(b *testing.B) {
-	servers := []struct {
-		name  string
-		start func(b *testing.B) (addr string, pid int)
-	}{{"chat", pinnedRoom}, {"nchan", startNchan}, {"loop", startLoop}}
-	for _, mode := range []struct {
-		name  string
-		every time.Duration // between messages; 0: as fast as four can post
-	}{{"burst", 0}, {"steady", 20 * time.Millisecond}} {
-		for _, s := range servers {
-			b.Run(mode.name+"/"+s.name, func(b *testing.B) {
-				addr, pid := s.start(b)
-				few := gather(b, 100, addr, eventsPlease) // what all readers share is there now
-				_, before := used(b, pid)
-				crowd := gather(b, 2000, addr, eventsPlease)
-				cpu, memory := used(b, pid)
-				crowd.expect(b.N)
-				b.ResetTimer()
-				publish(b, "http://"+addr+"/post", mode.every)
-				crowd.await(b)
-				after, _ := used(b, pid)
-				deliveries := b.N * (few.readers + crowd.readers)
-				b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(deliveries), "cpu-ns/delivery")
-				b.ReportMetric(float64(memory-before)/float64(crowd.readers), "B/reader")
-				if mode.every > 0 {
-					b.ReportMetric(float64(crowd.p99().Microseconds())/1000, "p99-ms")
-				}
-			})
-		}
+	beside(b, "chat", pinnedRoom, eventsPlease)
+	beside(b, "nchan", startNchan, eventsPlease)
+	beside(b, "loop", startLoop, eventsPlease)
+}
+
+func beside(b *testing.B, name string, start func(b *testing.B) (addr string, pid int), request string) {
+	for _, mode := range []string{"burst", "steady"} {
+		every := map[string]time.Duration{"steady": 20 * time.Millisecond}[mode] // 0: as fast as four can post
+		b.Run(mode+"/"+name, func(b *testing.B) {
+			addr, pid := start(b)
+			few := gather(b, 100, addr, request) // what all readers share is there now
+			_, before := used(b, pid)
+			crowd := gather(b, 2000, addr, request)
+			cpu, memory := used(b, pid)
+			crowd.expect(b.N)
+			reads := crowd.reads.Load()
+			b.ResetTimer()
+			publish(b, "http://"+addr+"/post", every)
+			crowd.await(b)
+			after, _ := used(b, pid)
+			deliveries := b.N * (few.readers + crowd.readers)
+			b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(deliveries), "cpu-ns/delivery")
+			b.ReportMetric(float64(b.N*crowd.readers)/float64(crowd.reads.Load()-reads), "messages/read")
+			b.ReportMetric(float64(memory-before)/float64(crowd.readers), "B/reader")
+			if every > 0 {
+				b.ReportMetric(float64(crowd.p99().Microseconds())/1000, "p99-ms")
+			}
+		})
 	}
 }
 
