@@ -168,6 +168,8 @@ const (
 	idleTimeout    = 75 * time.Second // longer than a proxy's usual minute: the proxy closes first
 
 	heartbeat    = 15 * time.Second       // silence after which every stream gets a ping
+	paceEach     = 20 * time.Microsecond  // from one round of readers to the next, for each of them,
+	paceMost     = 50 * time.Millisecond  // and at most
 	writeTimeout = 30 * time.Second       // for a reader to take one block
 	writeRenew   = 15 * time.Second       // how late a write's deadline may be, to set it rarely
 	sendBuffer   = 24 << 10               // bytes the kernel keeps for a reader; Linux doubles it
@@ -196,7 +198,8 @@ const (
 	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
-	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room
+	keptFor        = 30 * 24 * time.Hour    // by Redis, after the last process of the room,
+	keptRenew      = time.Hour              // which says so often that it lives
 
 	spareFiles = 24          // descriptors that connections leave: Redis, its redial, the listener
 	busyConns  = 8           // connections kept to answer 503 when all others are taken
@@ -540,19 +543,28 @@ func (r *room) next(c *cursor) news {
 // each holds a position and reads on from there, so a newcomer, a reader that comes back, a slow
 // one and a live one are the same, and no reader costs the log anything.
 //
-// Whoever waits, waits on a channel that is closed at the next event. An id names one entry: a
-// second one under the same key is dropped. A log can be built anew from another list of entries;
-// it then begins a new ring, and each cursor is carried over from the ring that it stands in.
+// Who waits, waits on a channel that is closed at the next event. For readers events come in rounds:
+// what is new after a pause wakes them at once, and the next round begins when this one has had time
+// to be written, so that a flood costs fewer and longer writes. An id names one entry: a second one
+// under the same key is dropped. A log can be built anew from another list of entries; it then
+// begins a new ring, in which each reader goes on behind the entry that it had last.
 type Log struct {
 	size    int // entries held
 	history int // messages a newcomer gets
 
-	mu     sync.Mutex // guards all below, and the ring's content
-	ring   *ring      // nil until the log is built for the first time
-	wake   chan struct{}
-	beat   *time.Timer // beats after silence
-	beats  uint64      // so often; wake is closed at each, too
-	closed bool
+	mu      sync.Mutex    // guards all below, and the ring's content
+	ring    *ring         // nil until the log is built for the first time
+	built   uint64        // how often it was
+	added   chan struct{} // closed at the next entry; nil when nobody waits for one
+	wake    chan struct{} // closed at the next round
+	waiting int           // readers that this will wake
+	rest    time.Time     // no round begins before
+	due     bool          // there is something new, and timer begins a round for it
+	timer   *time.Timer   // else it beats after silence
+	beats   uint64        // so often; each is a round, too
+	out     uint64        // entries that readers got,
+	bytes   uint64        // and their bytes
+	closed  bool
 }
 
 // A ring is the entries of a log between two times that it was built.
@@ -606,11 +618,11 @@ func (e entry) base() (id string, foreign bool) {
 func (e entry) act() bool { return strings.HasPrefix(e.line, "!") && !strings.Contains(e.id, ".") }
 func (e entry) gap() bool { return e.line == gapLine && e.act() }
 
-// A cursor is the place of one reader. Only its reader uses it.
+// A cursor is the place of one reader: an id, and where that is in the ring. Only its reader uses it.
 type cursor struct {
-	after string          // until the place is found: the id that it has, "" for a newcomer
-	trip  <-chan struct{} // until then: closed when a round trip shows that the id is nowhere
-	ring  *ring           // nil until the place is found
+	after string          // id of the entry it had last; "0" at the beginning, "" for a newcomer
+	trip  <-chan struct{} // closed when a round trip shows that this id is nowhere
+	built uint64          // the ring that pos is a position in, as Log.built; 0: not found yet
 	pos   uint64          // position to read next
 	told  uint64          // gaps before this position it was told, or came after
 	goal  uint64          // where the log ended when it found its place, or was told a gap
@@ -618,12 +630,7 @@ type cursor struct {
 }
 
 // lost is the position of a reader whose place is not in the log.
-const lost = math.MaxUint64
-
-// restart makes the reader a newcomer who begins at pos.
-func (c *cursor) restart(r *ring, pos uint64) {
-	c.ring, c.pos, c.told, c.goal = r, pos, r.next, r.next
-}
+const lost uint64 = math.MaxUint64
 
 // News is what a reader is to be told next.
 type news struct {
@@ -640,21 +647,39 @@ type news struct {
 // newLog returns a log of which nobody gets anything until it is built.
 func newLog(size, history int) *Log {
 	l := &Log{size: size, history: history, wake: make(chan struct{})}
-	l.beat = time.AfterFunc(heartbeat, func() {
+	l.timer = time.AfterFunc(heartbeat, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		l.beats++
-		l.broadcast()
+		if !l.due {
+			l.beats++
+		}
+		l.round()
 	})
 	return l
 }
 
-// broadcast wakes everybody who waits. The caller holds mu.
+// broadcast wakes everybody who waits: the readers when their next round may begin. The caller
+// holds mu.
 func (l *Log) broadcast() {
+	if l.added != nil {
+		close(l.added)
+		l.added = nil
+	}
+	if wait := time.Until(l.rest); wait <= 0 {
+		l.round()
+	} else if !l.due {
+		l.due = true
+		l.timer.Reset(wait)
+	}
+}
+
+// round wakes the readers. The caller holds mu.
+func (l *Log) round() {
 	close(l.wake)
-	l.wake = make(chan struct{})
+	l.rest = time.Now().Add(min(time.Duration(l.waiting)*paceEach, paceMost))
+	l.wake, l.waiting, l.due = make(chan struct{}), 0, false
 	if !l.closed {
-		l.beat.Reset(heartbeat)
+		l.timer.Reset(heartbeat)
 	}
 }
 
@@ -683,13 +708,8 @@ func (l *Log) rebuild(entries []entry, cut bool) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if old := l.ring; old != nil { // a stalled reader may keep it for long; it needs the ids alone
-		old.block = nil
-		for i := range old.slots {
-			old.slots[i].line, old.slots[i].block = "", nil
-		}
-	}
 	l.ring = r
+	l.built++
 	l.broadcast()
 }
 
@@ -706,14 +726,14 @@ func (l *Log) entries() (all []entry) {
 	return all
 }
 
-// held returns how many entries there are.
-func (l *Log) held() int {
+// numbers returns how many entries are held, how many readers got, and of how many bytes.
+func (l *Log) numbers() (held, out, bytes uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ring == nil {
-		return 0
+	if l.ring != nil {
+		held = l.ring.next - l.ring.oldest
 	}
-	return int(l.ring.next - l.ring.oldest)
+	return held, l.out, l.bytes
 }
 
 // close ends every reader once it has read to the end.
@@ -721,25 +741,30 @@ func (l *Log) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closed = true
-	l.beat.Stop()
-	l.broadcast()
+	l.timer.Stop()
+	l.round()
 }
 
-// has returns the id of the entry with this key, "" if there is none, and then what to wait on.
-func (l *Log) has(key string) (id string, wake <-chan struct{}) {
+// idOf returns the id of the entry with this key, "" if there is none.
+func (l *Log) idOf(key string) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ring != nil {
 		if pos, known := l.ring.index[key]; known {
-			return l.ring.at(pos).id, nil
+			return l.ring.at(pos).id
 		}
 	}
-	return "", l.wake
+	return ""
 }
 
-func (l *Log) idOf(key string) string {
-	id, _ := l.has(key)
-	return id
+// more returns what is closed at the next entry.
+func (l *Log) more() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.added == nil {
+		l.added = make(chan struct{})
+	}
+	return l.added
 }
 
 // read returns what is next for a reader, at most a block, and moves the cursor behind it. A reader
@@ -752,70 +777,62 @@ func (l *Log) read(c *cursor, final bool) (n news) {
 	beat := c.beats != l.beats
 	c.beats = l.beats
 	n.unknown = !l.place(c, final)
-	r := c.ring
+	r := l.ring
 	switch {
 	case n.unknown:
 	case c.pos < r.oldest || c.pos > r.next:
-		c.restart(r, r.recent(l.history))
+		l.restart(c, r.recent(l.history))
 		n.frames, n.gap = gapFrame, true
 	default:
 		for c.pos < min(r.next, c.told) && r.at(c.pos).gap() {
 			c.pos++
 		}
-		if c.pos == r.next {
-			break
+		if c.pos < r.next {
+			s := r.at(c.pos)
+			n.frames, n.gap = s.block.buf[s.off:], s.gap()
+			l.out, l.bytes = l.out+s.block.next-c.pos, l.bytes+uint64(len(n.frames))
+			c.pos = s.block.next
 		}
-		s := r.at(c.pos)
-		n.frames, n.gap = s.block.buf[s.off:], s.gap()
-		if c.pos = s.block.next; n.gap {
-			c.restart(r, min(c.pos, r.recent(l.history)))
+		if c.after = r.before(c.pos); n.gap {
+			l.restart(c, min(c.pos, r.recent(l.history)))
 		}
 	}
 	n.ping = beat && len(n.frames) == 0
 	n.more = !n.unknown && c.pos < r.next
 	n.ended = l.closed && !n.more
 	n.wake = l.wake
+	if !n.more {
+		l.waiting++
+	}
 	return n
 }
 
-// place finds where a reader goes on: after the id it has, at the beginning for "0", with the
-// history for ""; in a log that was built anew, where it stood before. It returns false while that
-// is not known. The caller holds mu.
+// place finds where in the ring a reader goes on: behind the id it has, at the beginning for "0",
+// with the history for "". It returns false while that is not known. The caller holds mu.
 func (l *Log) place(c *cursor, final bool) bool {
 	r := l.ring
-	if r == nil || c.ring == r {
+	if c.built == l.built {
 		return r != nil
 	}
-	if c.ring == nil && c.after == "" {
-		c.restart(r, r.recent(l.history))
+	if c.after == "" {
+		l.restart(c, r.recent(l.history))
 		return true
 	}
-	pos, known := uint64(lost), false
-	if c.ring == nil {
-		if valid := c.after == "0" || validID(c.after); valid {
-			pos, known = r.behind(c.after)
-			if !known && !final {
-				return false
-			}
+	pos := lost
+	if c.after == "0" || validID(c.after) {
+		if pos = r.behind(c.after); pos == lost && !final {
+			return false
 		}
-	} else {
-		pos, known = r.carry(c.ring, c.pos)
 	}
-	if !known {
-		pos = lost
-	}
-	*c = cursor{ring: r, pos: pos, goal: r.next, beats: c.beats}
+	*c = cursor{after: c.after, built: l.built, pos: pos, goal: r.next, beats: c.beats}
 	return true
 }
 
-// before returns the id with which a reader at the cursor comes back; "" if that is not known.
-func (l *Log) before(c *cursor) string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if c.ring == nil {
-		return ""
-	}
-	return c.ring.before(c.pos)
+// restart makes the reader a newcomer who begins at pos. The caller holds mu.
+func (l *Log) restart(c *cursor, pos uint64) {
+	next := l.ring.next
+	*c = cursor{after: l.ring.before(pos), built: l.built, pos: pos, told: next, goal: next,
+		beats: c.beats}
 }
 
 func newRing(size int) *ring {
@@ -846,19 +863,19 @@ func (r *ring) add(e entry, frame []byte) {
 	r.block.next = r.next
 }
 
-// behind returns the position after an id. A foreign line that is not here is looked for by the
-// announced one before it.
-func (r *ring) behind(id string) (pos uint64, known bool) {
+// behind returns the position after an id, or lost. A foreign line that is not here is looked for by
+// the announced one before it.
+func (r *ring) behind(id string) uint64 {
 	if id == "0" {
-		return 0, true
+		return 0
 	}
-	if pos, known = r.index[keyOf(id)]; known && r.at(pos).id == id {
-		return pos + 1, true
+	if pos, known := r.index[keyOf(id)]; known && r.at(pos).id == id {
+		return pos + 1
 	}
 	if base, foreign := (entry{id: id}).base(); foreign {
 		return r.behind(base)
 	}
-	return 0, false
+	return lost
 }
 
 // before returns the id of the entry before a position: "0" at the beginning, "" if it is not held.
@@ -870,20 +887,6 @@ func (r *ring) before(pos uint64) string {
 		return ""
 	}
 	return r.at(pos - 1).id
-}
-
-// carry returns where a position of the ring before this one is now: behind the same entry or, at
-// the end of that ring, where it is not held any more, before the same.
-func (r *ring) carry(old *ring, pos uint64) (now uint64, known bool) {
-	if id := old.before(pos); id != "" {
-		return r.behind(id)
-	}
-	if pos == old.oldest && pos < old.next {
-		id := old.at(pos).id
-		now, known = r.index[keyOf(id)]
-		return now, known && r.at(now).id == id
-	}
-	return 0, false
 }
 
 // recent returns the position before the newest messages, where a newcomer begins.
@@ -1177,14 +1180,15 @@ func (l *limiter) giveBack(key string) {
 	}
 }
 
-// A tally counts what the limits refuse. While they do, it tells the log once in floodPause how
-// much that was, and whose most of it.
+// A tally counts what posts were answered, and what the limits refuse. While they do, it tells the
+// log once in floodPause how much that was, and whose most of it.
 type tally struct {
 	logf func(format string, args ...any)
 
-	mu     sync.Mutex      // guards all below
-	total  map[string]int  // what was refused → how often
-	recent map[refusal]int // the same since the log was told
+	mu      sync.Mutex        // guards all below
+	answers map[string]uint64 // status → posts
+	refused map[string]uint64 // what was refused → how often
+	recent  map[refusal]int   // the same since the log was told
 }
 
 // A refusal is what was refused, and to whom.
@@ -1198,7 +1202,13 @@ func (t *tally) add(what, whose string) {
 		time.AfterFunc(floodPause, t.tell)
 	}
 	t.recent[refusal{what, whose}]++
-	t.total[what]++
+	t.refused[what]++
+}
+
+func (t *tally) answer(status int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.answers[strconv.Itoa(status)]++
 }
 
 // tell tells the log, and counts anew.
@@ -1221,11 +1231,11 @@ func (t *tally) tell() {
 	t.logf("refused in the last minute: %s", strings.Join(parts, ", "))
 }
 
-// totals returns what was refused since the start.
-func (t *tally) totals() map[string]int {
+// totals returns what posts were answered and what was refused since the start.
+func (t *tally) totals() (answers, refused map[string]uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return maps.Clone(t.total)
+	return maps.Clone(t.answers), maps.Clone(t.refused)
 }
 
 // A server is the room as HTTP shows it.
@@ -1243,7 +1253,7 @@ type server struct {
 	mux   *http.ServeMux
 
 	posts, floods, logins, guesses limiter // by session or address, and three by address
-	refused                        tally   // by these
+	tally                          tally   // of what these refuse
 
 	maxConns, maxStreams int
 	conns                atomic.Int64 // open connections, streams among them
@@ -1271,7 +1281,8 @@ func fileLimit() int {
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf}
 	s.cut, s.cutOff = context.WithCancel(context.Background())
-	s.refused = tally{logf: logf, total: map[string]int{"logins": 0, "passwords": 0, "posts": 0}}
+	s.tally = tally{logf: logf, answers: map[string]uint64{"204": 0},
+		refused: map[string]uint64{"logins": 0, "passwords": 0, "posts": 0}}
 	s.maxConns, s.maxStreams = capacity(fileLimit())
 	s.full = limiter{every: floodPause, burst: 1}
 	if cfg.rate > 0 {
@@ -1780,7 +1791,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 	}
 	if s.cfg.password != "" {
 		if wait := s.guesses.take(from, now); wait > 0 {
-			s.refused.add("passwords", "from "+from)
+			s.tally.add("passwords", "from "+from)
 			setRetryAfter(w, wait)
 			s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 			return
@@ -1792,7 +1803,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 		s.guesses.giveBack(from)
 	}
 	if wait := s.logins.take(from, now); wait > 0 {
-		s.refused.add("logins", "from "+from)
+		s.tally.add("logins", "from "+from)
 		setRetryAfter(w, wait)
 		s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
 		return
@@ -1843,6 +1854,7 @@ func (s *server) post(w http.ResponseWriter, r *http.Request) {
 // What is refused, or could not be confirmed, costs the sender nothing of the rate.
 func (s *server) take(ctx context.Context, from session, address, key, text string) (
 	status int, said string, wait time.Duration) {
+	defer func() { s.tally.answer(status) }()
 	if !validKey(key) {
 		return http.StatusBadRequest, "Idempotency-Key wants 16 to 64 of A-Z a-z 0-9 _ -", 0
 	}
@@ -1862,12 +1874,12 @@ func (s *server) take(ctx context.Context, from session, address, key, text stri
 	}
 	now := time.Now()
 	if wait := s.posts.take(from.id, now); wait > 0 {
-		s.refused.add("posts", fmt.Sprintf("by %q, %s", from.name, address))
+		s.tally.add("posts", fmt.Sprintf("by %q, %s", from.name, address))
 		return http.StatusTooManyRequests, "too fast", wait
 	}
 	if wait := s.floods.take(address, now); wait > 0 {
 		s.posts.giveBack(from.id)
-		s.refused.add("posts", "from "+address)
+		s.tally.add("posts", "from "+address)
 		return http.StatusTooManyRequests, "too much from your address", wait
 	}
 	id, err := s.room.say(ctx, key, now.Format("[15:04:05] ")+from.name+": "+text)
@@ -1925,24 +1937,37 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
-	put := func(name, help string, value int) {
-		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s gauge\n%[1]s %[3]d\n", name, help, value)
+	put := func(name, help, label string, values map[string]uint64) {
+		kind := map[bool]string{true: "counter", false: "gauge"}[strings.HasSuffix(name, "_total")]
+		fmt.Fprintf(w, "# HELP chat_%s %s\n# TYPE chat_%[1]s %[3]s\n", name, help, kind)
+		for _, value := range slices.Sorted(maps.Keys(values)) {
+			labels := ""
+			if label != "" {
+				labels = fmt.Sprintf("{%s=%q}", label, value)
+			}
+			fmt.Fprintf(w, "chat_%s%s %d\n", name, labels, values[value])
+		}
 	}
-	put("chat_connections", "Open connections, streams among them.", int(s.conns.Load()))
-	put("chat_connections_limit", "Connections that the limit of open files allows.", s.maxConns)
-	put("chat_readers_limit", "Streams among these at most.", s.maxStreams)
-	refused, name := s.refused.totals(), "chat_refused_total"
-	fmt.Fprintf(w, "# HELP %s What the limits refused.\n# TYPE %[1]s counter\n", name)
-	for _, what := range slices.Sorted(maps.Keys(refused)) {
-		fmt.Fprintf(w, "%s{what=%q} %d\n", name, what, refused[what])
-	}
+	one := func(name, help string, n uint64) { put(name, help, "", map[string]uint64{"": n}) }
 	s.mu.Lock()
-	put("chat_readers", "Open streams.", s.streams)
+	readers := s.streams
 	s.mu.Unlock()
-	put("chat_messages_held", "Entries of the log.", s.room.log.held())
-	if s.cfg.redis != nil {
-		put("chat_redis_joined", "Whether the room is joined through Redis; 0 while it is away.",
-			map[bool]int{true: 1}[s.room.away() == nil])
+	held, out, bytes := s.room.log.numbers()
+	answers, refused := s.tally.totals()
+	one("connections", "Open connections, streams among them.", uint64(s.conns.Load()))
+	one("connections_limit", "Connections that the limit of open files allows.", uint64(s.maxConns))
+	one("readers", "Open streams.", uint64(readers))
+	one("readers_limit", "Streams among the connections at most.", uint64(s.maxStreams))
+	one("messages_held", "Entries of the log.", held)
+	one("messages_out_total", "Entries that readers got.", out)
+	one("bytes_out_total", "Bytes of these.", bytes)
+	put("posts_total", "Messages that came, by the status they got.", "status", answers)
+	put("refused_total", "What the limits refused.", "what", refused)
+	if b := s.room.broker; b != nil {
+		joined, joins, writes := b.numbers()
+		one("redis_joined", "Whether the room is joined through Redis; 0 while it is away.", joined)
+		one("redis_joins_total", "How often it was joined.", joins)
+		one("redis_writes_total", "Lists that were written back because Redis forgot.", writes)
 	}
 }
 
@@ -2155,7 +2180,7 @@ func (st *stream) over(n news, gap bool, sent int) bool {
 // greet writes the ping that tells the reader as of which entry it is up to date or, when a poll
 // ends early, which one was its last. Before it may come a line in the same block.
 func (st *stream) greet(line string) bool {
-	return st.write(append([]byte(line), pingAt(st.room.log.before(&st.at))...))
+	return st.write(append([]byte(line), pingAt(st.at.after)...))
 }
 
 // write writes to the reader and reports whether it could. A write, which is a block at most, has
@@ -2469,6 +2494,8 @@ type broker struct {
 	why   error           // why the room is away; nil while it is joined
 	since time.Time       // when it went away
 	told  map[string]bool // what the log has been told of that
+	joins uint64          // how often it was joined
+	wrote uint64          // lists written back
 	asked chan struct{}   // the round trip to come; nil while nobody asks for one
 	begun []chan struct{} // those asked for that have begun; closed when one is over
 }
@@ -2550,9 +2577,13 @@ func (b *broker) setJoined() {
 		after = fmt.Sprintf(" after %v", time.Since(b.since).Round(100*time.Millisecond))
 	}
 	b.why, b.told = nil, nil
+	if was != nil {
+		b.joins++
+	}
 	b.mu.Unlock()
 	if was != nil {
-		b.logf("redis is joined%s, %d messages held", after, b.log.held())
+		held, _, _ := b.log.numbers()
+		b.logf("redis is joined%s, %d messages held", after, held)
 	}
 }
 
@@ -2594,6 +2625,16 @@ func guarded(f func() error) (err error) {
 		}
 	}()
 	return f()
+}
+
+// numbers returns 1 while the room is joined, how often it was, and how many lists it wrote back.
+func (b *broker) numbers() (joined, joins, wrote uint64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.why == nil {
+		joined = 1
+	}
+	return joined, b.joins, b.wrote
 }
 
 // away returns why the room is away, nil while it is not.
@@ -2663,12 +2704,12 @@ func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 		err = ctx.Err()
 	}
 	for err == nil {
-		id, wake := b.log.has(key)
-		if id != "" {
+		more := b.log.more()
+		if id := b.log.idOf(key); id != "" {
 			return id, nil
 		}
 		select {
-		case <-wake:
+		case <-more:
 		case <-ctx.Done():
 			err = ctx.Err()
 		}
@@ -2965,6 +3006,9 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 	c.Send("PUBLISH", b.channel+":probe", rewritten+f.word)
 	if _, err = commit(c); err == nil {
 		f.begin(log, rewritten+f.word, len(items), false)
+		b.mu.Lock()
+		b.wrote++
+		b.mu.Unlock()
 		b.logf("redis had forgotten; the history was written back, %d messages", len(items))
 	}
 	return err
@@ -2982,6 +3026,7 @@ type feed struct {
 	seam    string        // what comes before it is in the list or older; "" when it has come
 	echo    chan struct{} // gets something when the word has come back
 	length  atomic.Int64  // items that the list has at least, while Redis forgets nothing
+	renew   time.Time     // when Redis is to be told again how long to keep the room
 
 	id string // announces the next line
 
@@ -3160,7 +3205,8 @@ func (b *broker) tend(pub redis.Conn, f *feed, broken <-chan error) error {
 // sync sends the word on a round trip. That it comes back shows that the subscription lives, and
 // that all is here that was published before; that it can be sent, that Redis takes writes. The
 // list's length and the key show that Redis forgot. Sent also in a busy room: what looks idle on
-// one connection, a proxy may end. What nobody uses any more expires in Redis.
+// one connection, a proxy may end. What nobody uses any more expires in Redis; now and then it is told
+// that somebody does.
 func (b *broker) sync(c redis.Conn, f *feed) error {
 	least := f.least()
 	b.depart()
@@ -3168,12 +3214,18 @@ func (b *broker) sync(c redis.Conn, f *feed) error {
 	c.Send("LTRIM", b.channel+":history", -listSize(f.log.size), -1)
 	c.Send("LLEN", b.channel+":history")
 	c.Send("GET", b.channel+":key")
-	c.Send("EXPIRE", b.channel+":history", int(keptFor.Seconds()))
-	c.Send("EXPIRE", b.channel+":key", int(keptFor.Seconds()))
 	c.Send("PUBLISH", b.channel+":probe", f.word)
+	now := time.Now()
+	if now.After(f.renew) {
+		c.Send("EXPIRE", b.channel+":key", int(keptFor.Seconds()))
+		c.Send("EXPIRE", b.channel+":history", int(keptFor.Seconds()))
+	}
 	replies, err := commit(c)
 	if err != nil {
 		return err
+	}
+	if set, _ := replies[len(replies)-1].(int64); now.After(f.renew) && set == 1 { // there is a list
+		f.renew = now.Add(keptRenew)
 	}
 	length, _ := replies[1].(int64)
 	key, _ := replies[2].([]byte)
