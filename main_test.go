@@ -196,6 +196,13 @@ func launch(t testing.TB, cmd *exec.Cmd) *program {
 	return p
 }
 
+// succeeds runs a program to its end.
+func succeeds(t testing.TB, cmd *exec.Cmd) {
+	t.Helper()
+	out, err := cmd.CombinedOutput()
+	expect(t, err == nil, "%v: %v\n%s", cmd, err, out)
+}
+
 // comesUp waits until ok, and returns false if the program ended before.
 func (p *program) comesUp(ok func() bool) (up bool) {
 	p.t.Helper()
@@ -1458,9 +1465,8 @@ func TestPollIsToldAGapOnce(t *testing.T) {
 			after := testID(19)
 			for _, want := range []string{"gap", "ping"} {
 				_, all := watch(&stream{room: inMemory(l), at: from(after), poll: true, wait: wait}, time.Minute)
-				if after = all[len(all)-1].id; all[0].kind != want {
-					t.Errorf("wait=%v: the first event is %q, want %q", wait, all[0].kind, want)
-				}
+				after = all[len(all)-1].id
+				same(t, all[0].kind, want, "wait=%v: the first event", wait)
 			}
 		}
 	})
@@ -1519,9 +1525,8 @@ func TestLongPollOfMuch(t *testing.T) {
 				"a long poll after %s brings %d messages, want some and at most %d", after, len(part), most)
 			got = append(got, part...)
 		}
-		if all := answer("0", 0); !slices.Equal(got, want) || !slices.Equal(all, want) {
-			t.Errorf("the long polls bring %d messages and polling %d, want each of %d once, in order", len(got), len(all), n)
-		}
+		same(t, got, want, "the long polls bring")
+		same(t, answer("0", 0), want, "polling brings")
 	})
 }
 
@@ -1900,9 +1905,8 @@ func FuzzRedisLine(f *testing.F) {
 	f.Fuzz(func(t *testing.T, raw string) {
 		line := fromRedis(raw)
 		require(t, utf8.ValidString(line) && utf8.RuneCountInString(line) <= maxLine, "fromRedis(%q) gave %q", raw, line)
-		if stored := toRedis(line); strings.ContainsAny(stored, "\r\n") || fromRedis(stored) != line {
-			t.Fatalf("%q is stored as %q and comes back as %q", line, stored, fromRedis(stored))
-		}
+		stored := toRedis(line)
+		require(t, !strings.ContainsAny(stored, "\r\n") && fromRedis(stored) == line, "%q is stored as %q", line, stored)
 		checkFrame(t, entry{testID(1) + ".abcdefgh", line})
 	})
 }
@@ -2148,12 +2152,10 @@ func TestPages(t *testing.T) {
 	checkProtected(t, "/assets/stream.js", c.get("/assets/stream.js")) // a worker obeys its own script's
 	asset := assetOf(c)
 	etag := c.get(asset).header.Get("ETag")
-	if got := c.get(asset, "If-None-Match: "+etag); etag == "" || got.status != 304 || got.body != "" {
-		t.Errorf("GET %s with its ETag %q: got %d and %d bytes, want 304 and none", asset, etag, got.status, len(got.body))
-	}
-	if got := c.get(asset, `If-None-Match: "other"`); got.status != 200 || got.body == "" {
-		t.Errorf("GET %s with another ETag: got %d and %d bytes, want it", asset, got.status, len(got.body))
-	}
+	got := c.get(asset, "If-None-Match: "+etag)
+	expect(t, etag != "" && got.status == 304 && got.body == "", "GET %s with its ETag %q: got %d %q, want 304 and nothing", asset, etag, got.status, got.body)
+	got = c.get(asset, `If-None-Match: "other"`)
+	expect(t, got.status == 200 && got.body != "", "GET %s with another ETag: got %d %q, want it", asset, got.status, got.body)
 }
 
 // checkProtected sees that an answer bounds what a browser does with it.
@@ -2427,9 +2429,8 @@ func TestKeys(t *testing.T) {
 	together(20, func(int) { c.sayAs(keyA, "pressed twenty times") })
 	drawn := c.do("POST", "/post", "message=without+a+key").header.Get("Message-Id")
 	w.hears("小明: pressed twenty times")
-	if e := w.message(); !drawnID.MatchString(drawn) || e.id != drawn || e.said() != "小明: without a key" {
-		t.Errorf("got %v, want the second message under the drawn id %q", e, drawn)
-	}
+	e := w.message()
+	expect(t, drawnID.MatchString(drawn) && e.id == drawn && e.said() == "小明: without a key", "got %v, want the second message under the drawn id %q", e, drawn)
 	w.heard()
 }
 
@@ -2620,9 +2621,8 @@ func TestOrigins(t *testing.T) {
 			if got := trusting.post("x", headers...); byOrigin == "trusted" && got != 204 || byOrigin == "theirs" && bySite != "ours" && got != 403 {
 				t.Errorf("posting with %q where -origin is %s and %s: got %d", headers, trusted, another, got)
 			}
-			if got := w.c.get("/stream?wait=0", headers...); got.status != 200 || got.header.Get("Access-Control-Allow-Origin") != "" {
-				t.Errorf("GET /stream with %q: got %d, Access-Control-Allow-Origin %q, want 200 and none", headers, got.status, got.header.Get("Access-Control-Allow-Origin"))
-			}
+			got := w.c.get("/stream?wait=0", headers...)
+			expect(t, got.status == 200 && got.header.Get("Access-Control-Allow-Origin") == "", "GET /stream with %q: got %d with %v", headers, got.status, got.header)
 		}
 	}
 	w.heard(said...)
@@ -3026,9 +3026,8 @@ func TestTwoProcesses(t *testing.T) {
 		open.hears("小明: last") // so every process has it
 	}
 	for i, c := range []*client{one, two, three} {
-		if got := c.poll(ids[30]); got[0].id != ids[31] || len(heard(got)) != 11 {
-			t.Errorf("resuming at process %d: got %q, want the 11 messages after %s", i, tell(got), ids[30])
-		}
+		got := c.poll(ids[30])
+		expect(t, got[0].id == ids[31] && len(heard(got)) == 11, "resuming at process %d: got %q, want the 11 messages after %s", i, tell(got), ids[30])
 	}
 }
 
@@ -3078,12 +3077,10 @@ func TestListIsTrimmed(t *testing.T) {
 	r.fill(4700, "")
 	c := newClient(t, r.room("-history", "4096").url)
 	c.say("one more")
-	if got := r.texts(); len(got) != 4608 || got[4606] != "4700" {
-		t.Errorf("the list holds %d items, the last but one %q, want 4608 and the newest", len(got), got[len(got)-2])
-	}
-	if got := c.newcomer(); len(got) != 4096 || got[0] != "606" || got[4095] != "one more" {
-		t.Errorf("a newcomer gets %d messages, %q to %q, want 4096 up to the newest", len(got), got[0], got[len(got)-1])
-	}
+	got := r.texts()
+	expect(t, len(got) == 4608 && got[4606] == "4700", "the list holds %d items, want 4608 and the newest", len(got))
+	got = c.newcomer()
+	expect(t, len(got) == 4096 && got[0] == "606" && got[4095] == "one more", "a newcomer gets %d messages, want 4096 up to the newest", len(got))
 }
 
 // A Redis that forgets while nobody posts gets the history back, so that it does not end with the
@@ -3225,9 +3222,8 @@ func TestForeignLinesWithoutEnd(t *testing.T) {
 			line = "the same again"
 		}
 		f.hear("chat", line)
-		if r := l.ring; r.next != i+1 || r.at(i).line != line || !validID(r.at(i).id) {
-			t.Fatalf("line %d is not the %d. of the log, with an id: %+v", i, i+1, r.at(r.next-1).entry)
-		}
+		r := l.ring
+		require(t, r.next == i+1 && r.at(i).line == line && validID(r.at(i).id), "line %d is not the %d. of the log, with an id", i, i+1)
 	}
 }
 
@@ -3467,12 +3463,10 @@ func TestRefusedTransaction(t *testing.T) {
 	for range 3 {
 		c.Send("PUBLISH", "chat", "x")
 	}
-	if _, err := commit(c); err == nil || !strings.HasPrefix(err.Error(), "OOM") {
-		t.Errorf("a transaction without memory: %v, want OOM", err)
-	}
-	if _, err := results([]any{"OK", "QUEUED", []any{}}); err == nil {
-		t.Error("an EXEC without replies is taken for a success")
-	}
+	_, err = commit(c)
+	expect(t, err != nil && strings.HasPrefix(err.Error(), "OOM"), "a transaction without memory: %v, want OOM", err)
+	_, err = results([]any{"OK", "QUEUED", []any{}})
+	expect(t, err != nil, "an EXEC without replies is taken for a success")
 }
 
 // Of two cookie keys, one of which was drawn while Redis had forgotten the other, the older one
@@ -3859,9 +3853,7 @@ func TestFirstContact(t *testing.T) {
 	first = strings.Replace(first, `http://192\.168\.1\.20:8989`, `\S+( or \S+)*`, 1) // here other networks
 	first = strings.Replace(first, "8989", `\d+`, 1)
 	r := startRoom(t, "-addr", ":0")
-	if got := r.out.String(); !regexp.MustCompile("^" + first + "$").MatchString(got) {
-		t.Errorf("it prints %q, README.md %q", got, transcript[1])
-	}
+	expect(t, regexp.MustCompile("^"+first+"$").MatchString(r.out.String()), "it prints %q, README.md %q", r.out.String(), transcript[1])
 	links, err := net.Interfaces()
 	must(t, err)
 	for _, link := range links {
@@ -3891,9 +3883,7 @@ func TestAloneInAFolder(t *testing.T) {
 	dir := t.TempDir()
 	build := exec.Command("go", "build", "-o", filepath.Join(dir, "chat"), ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	succeeds(t, build)
 	c := newClient(t, startCommand(t, []string{"TZ=Asia/Kathmandu"}, chroot, dir, "/chat").url)
 	c.say("hi")
 	clock := c.poll("")[0].data
@@ -4116,9 +4106,8 @@ func (test fault) underRooms(t *testing.T) {
 		}
 	}
 	r.holds(all, one, two)
-	if got := written(t, rooms...); got > 1 || (got == 1) != test.loses {
-		t.Errorf("the list was written back %d times, want once if Redis lost anything: %v", got, test.loses)
-	}
+	wrote := written(t, rooms...)
+	expect(t, wrote <= 1 && (wrote == 1) == test.loses, "the list was written back %d times, want once if Redis lost anything: %v", wrote, test.loses)
 	for _, room := range rooms {
 		got := room.changes()
 		expect(t, got[0] == "joined" && got[1] == "away" && got[len(got)-1] == "joined" && len(got) <= 4,
@@ -4237,9 +4226,8 @@ func TestAwayForLong(t *testing.T) {
 			cutOff.joined()
 			c.say("after")
 			got := s.upTo("after")
-			if at := slices.Index(got, "(gap)"); gap && at != 0 || !gap && at >= 0 {
-				t.Errorf("the gap is word %d of what it was told, want it first (0) or, without loss, none (-1)", at)
-			}
+			at := slices.Index(got, "(gap)")
+			expect(t, gap && at == 0 || !gap && at < 0, "the gap is word %d of what it was told, want it first (0) or, without loss, none (-1)", at)
 			parts := betweenGaps(got)
 			expect(t, len(parts[len(parts)-1]) >= min(missed, 4096) && !doubled(got),
 				"it was told %d messages, want the %d that are remembered", len(got), min(missed, 4096))
@@ -4528,9 +4516,8 @@ func TestTerminatedWhilePosting(t *testing.T) {
 		want += int(accepted.Load())
 		p.changed("joined")
 	}
-	if got := other.newcomer(); len(got) != want || doubled(got) {
-		t.Errorf("the room holds %d messages, want the %d accepted at first or later, each once", len(got), want)
-	}
+	got := other.newcomer()
+	expect(t, len(got) == want && !doubled(got), "the room holds %d messages, want the %d accepted at first or later, each once", len(got), want)
 }
 
 // A relay passes bytes between clients and a server, and does to them what networks do.
@@ -9223,9 +9210,8 @@ func TestWebSocketFrames(t *testing.T) {
 				want = strings.TrimPrefix(want+", close 1000", ", ")
 			}
 			same(t, strings.Join(got, ", "), want, "%s, %d bytes at a time", test.name, atATime)
-			if now := c.newcomer(); !slices.Equal(now[min(len(before), len(now)):], test.said) {
-				t.Errorf("%s, %d bytes at a time: the room has %.100q more, want %.100q", test.name, atATime, now[len(before):], test.said)
-			}
+			now := c.newcomer()
+			same(t, now[min(len(before), len(now)):], test.said, "%s, %d bytes at a time: the room has more", test.name, atATime)
 		}
 	}
 }
@@ -9373,13 +9359,10 @@ func TestWebSocketPosts(t *testing.T) {
 	}
 	got := p.post("data: one too many")
 	expect(t, got.Status == 429 && got.Reason == "too fast" && got.RetryAfter >= 50 && got.ID == "", "too fast is answered %+v", got)
-	if got := p.post("data: " + strings.Repeat("x", maxMessage+1)); got.Status != 413 || got.RetryAfter != 0 || got.Reason == "" {
-		t.Errorf("too much is answered %+v", got)
-	}
+	got = p.post("data: " + strings.Repeat("x", maxMessage+1))
+	expect(t, got.Status == 413 && got.RetryAfter == 0 && got.Reason != "", "too much is answered %+v", got)
 	stranger := c.socket("", "Cookie: "+session.Name+"="+session.Value+"x")
-	if got := stranger.post("hello"); got.Status != 401 || got.Reason != "log in first" {
-		t.Errorf("with a broken session a post is answered %+v, want 401 before all else", got)
-	}
+	same(t, stranger.post("hello"), outcome{Status: 401, Reason: "log in first"}, "with a broken session, before all else, a post is answered")
 	w.heard(want...)
 }
 
@@ -9674,9 +9657,7 @@ func TestWebSocketOfPython(t *testing.T) {
 	reader := launch(t, python(t, pythonReader, urls...))
 	eventually(t, "Python to listen", func() bool { return strings.Contains(reader.out.String(), "(open)") })
 	want := changing(t, processes)
-	if err := reader.wait(patience); err != nil {
-		t.Fatalf("the reader ended with %v", err)
-	}
+	must(t, reader.wait(patience))
 	got := slices.DeleteFunc(strings.Split(strings.TrimSpace(reader.out.String()), "\n"), func(line string) bool { return line == "(open)" })
 	expect(t, slices.Equal(got, want) && strings.Count(reader.out.String(), "(open)") >= 3,
 		"it heard %d texts over %d connections, want %d, in order:\n%.2000q", len(got), strings.Count(reader.out.String(), "(open)"), len(want), got)
@@ -9686,9 +9667,9 @@ func TestWebSocketOfPython(t *testing.T) {
 	out, err := python(t, pythonWriter, processes[2].ws(), "60").CombinedOutput()
 	expect(t, err == nil && strings.Count(string(out), `"status": 4`) == 2 && strings.Count(string(out), `"reason": "`) == 2,
 		"posting through a WebSocket: %v\n%s", err, out)
-	if got := c.newcomer(); len(r.history()) != before+60 || !slices.Equal(got[len(got)-2:], []string{"text 58", "text 59"}) {
-		t.Errorf("60 posts, some of them sent twice, are %d more in Redis", len(r.history())-before)
-	}
+	same(t, len(r.history()), before+60, "60 posts, some of them sent twice: in Redis")
+	got = c.newcomer()
+	same(t, got[max(0, len(got)-2):], []string{"text 58", "text 59"}, "the newest")
 }
 
 // browserReader does the same in a browser, and posts.
@@ -10353,13 +10334,9 @@ func TestShellLines(t *testing.T) {
 			}
 		case strings.Contains(line, "go build"):
 			line = adapt(t, line, "-o chat ", "-o '"+filepath.Join(t.TempDir(), "chat")+"' ")
-			if out, err := exec.Command(sh, "-c", line).CombinedOutput(); err != nil {
-				t.Errorf("%s: %v\n%s", line, err, out)
-			}
+			succeeds(t, exec.Command(sh, "-c", line))
 		case line == "go run .":
-			if out, err := exec.Command("go", "run", ".", "-version").CombinedOutput(); err != nil {
-				t.Errorf("%s: %v\n%s", line, err, out)
-			}
+			succeeds(t, exec.Command("go", "run", ".", "-version"))
 		case strings.HasPrefix(line, "apt-get update"): // .ci/run does, if it has the same packages
 			packages, _, _ := strings.Cut(line[strings.Index(line, " -y ")+4:], " &&")
 			for _, name := range strings.Fields(packages) {
@@ -10501,9 +10478,8 @@ func TestDocumentsAgree(t *testing.T) {
 		if d[1] == "redis" {
 			continue // its default is a sentence
 		}
-		if row := regexp.MustCompile("\\| `-" + d[1] + ".*").FindString(readme); !strings.Contains(row, "`"+d[2]+"`") {
-			t.Errorf("README.md on -%s does not give its default %s: %q", d[1], d[2], row)
-		}
+		row := regexp.MustCompile("\\| `-" + d[1] + ".*").FindString(readme)
+		expect(t, strings.Contains(row, "`"+d[2]+"`"), "README.md on -%s does not give its default %s: %q", d[1], d[2], row)
 		expect(t, regexp.MustCompile(`(?s)-`+d[1]+` .{0,200}default "?`+regexp.QuoteMeta(d[2])).MatchString(manual),
 			"the manual on -%s does not give its default %s", d[1], d[2])
 	}
