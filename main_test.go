@@ -11,11 +11,13 @@ The tests, in the order of this file, and what of README.md's promises each part
 	redis      the contract with other programs; what is in the list; who knows an id; start and usage
 	faults     204 is in the room, once, in one order, whatever Redis and the network do
 	mixed      all of them at once over real HTTP (CHAT_MIXED=10m, CHAT_SEED)
-	readers    what one costs who reads slowly, or not, or leaves; descriptors
+	readers    what one costs who reads slowly, or not, or leaves, through a WebSocket too; descriptors
 	pages      in a real browser: the chat page, the lesson
-	websocket  RFC 6455 over raw sockets; fuzz; Python, Chromium, nginx and Caddy; what a peer costs
+	websocket  RFC 6455 over raw sockets; fuzz; Python, Chromium, nginx and Caddy
 	documents  README's lines are run: shell, nginx, Caddy, systemd; manual, flags and numbers agree
 	benchmarks
+
+A check says what must be so: same compares, expect goes on where it fails, require does not.
 
 go test -short is the quick look. It leaves out what takes long by its nature.
 */
@@ -86,8 +88,7 @@ func within(t testing.TB, limit time.Duration, what string, ok func() bool) {
 	}
 }
 
-// same fails unless got is want. The words say of what; a list is the same as another empty one if it
-// is empty.
+// same fails unless got is want. The words say of what; one empty list is the same as another.
 func same[T any](t testing.TB, got, want T, what string, args ...any) {
 	t.Helper()
 	if a, b := reflect.ValueOf(got), reflect.ValueOf(want); reflect.DeepEqual(got, want) ||
@@ -97,9 +98,9 @@ func same[T any](t testing.TB, got, want T, what string, args ...any) {
 	verb := "%+v"
 	switch any(got).(type) {
 	case string, []string:
-		verb = "%.1000q"
+		verb = "%q"
 	}
-	t.Errorf("%s: got "+verb+", want "+verb, fmt.Sprintf(what, args...), got, want)
+	t.Errorf("%s: got %.4000s, want %.4000s", fmt.Sprintf(what, args...), fmt.Sprintf(verb, got), fmt.Sprintf(verb, want))
 }
 
 // expect fails unless ok, in these words.
@@ -9772,13 +9773,10 @@ func TestWebSocketBehindProxies(t *testing.T) {
 			return addr, rooms
 		}},
 		{"Caddy and two", func(t *testing.T) (addr string, rooms []*program) {
-			caddy, dir := need(t, "caddy", "apt-get install caddy"), t.TempDir()
 			addr, _ = serve(t, func(addr string) *exec.Cmd {
 				var block string
 				block, rooms = twoServers(t, blocks(t, "caddyfile")[0], "chat.example.org {", "http://"+addr+" {")
-				cmd := exec.Command(caddy, "run", "--adapter", "caddyfile", "--config", writeFile(t, filepath.Join(dir, "Caddyfile"), "{\n\tadmin off\n}\n"+block))
-				cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
-				return cmd
+				return caddy(t, "", block)
 			})
 			return addr, rooms
 		}},
@@ -9788,11 +9786,8 @@ func TestWebSocketBehindProxies(t *testing.T) {
 			addr, rooms := test.start(t)
 			c := newClient(t, "http://"+addr)
 			eventually(t, "the proxy to answer", func() bool {
-				resp, err := c.send(context.Background(), "GET", "/healthz", "")
-				if err == nil {
-					resp.Body.Close()
-				}
-				return err == nil && resp.StatusCode == 200
+				got, _ := c.try("GET", "/healthz", "")
+				return got.status == 200
 			})
 			c.login("小明")
 			session := "Cookie: " + c.session().Name + "=" + c.session().Value
@@ -9934,6 +9929,16 @@ func nginx(t testing.TB, module, servers string) *exec.Cmd {
 	}
 	file := writeFile(t, filepath.Join(dir, "nginx.conf"), conf+servers+"}\n")
 	return exec.Command(program, "-e", "stderr", "-p", dir, "-c", file)
+}
+
+// caddy is the command that runs Caddy in a folder of its own.
+func caddy(t testing.TB, options, servers string) *exec.Cmd {
+	t.Helper()
+	program, dir := need(t, "caddy", "apt-get install caddy"), t.TempDir()
+	file := writeFile(t, filepath.Join(dir, "Caddyfile"), "{\n\tadmin off\n"+options+"}\n"+servers)
+	cmd := exec.Command(program, "run", "--adapter", "caddyfile", "--config", file)
+	cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
+	return cmd
 }
 
 // behindNginx runs README's block for one process in front of a room, without what a pattern finds, and
@@ -10239,14 +10244,10 @@ func TestProcessesBehindNginx(t *testing.T) {
 
 func TestProcessesBehindCaddy(t *testing.T) {
 	t.Parallel()
-	caddy, dir := need(t, "caddy", "apt-get install caddy"), t.TempDir()
 	p := startProxied(t, func(p *proxied, port string) *exec.Cmd {
-		conf := "{\n\tadmin off\n\tskip_install_trust\n\tauto_https disable_redirects\n}\n" + adapt(t, blocks(t, "caddyfile")[0],
+		return caddy(t, "\tskip_install_trust\n\tauto_https disable_redirects\n", adapt(t, blocks(t, "caddyfile")[0],
 			"chat.example.org {", "https://localhost:"+port+" {\n\tbind 127.0.0.1\n\ttls internal",
-			"127.0.0.1:8989", "127.0.0.1:"+p.ports[0], "127.0.0.1:8990", "127.0.0.1:"+p.ports[1])
-		cmd := exec.Command(caddy, "run", "--adapter", "caddyfile", "--config", writeFile(t, filepath.Join(dir, "Caddyfile"), conf))
-		cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
-		return cmd
+			"127.0.0.1:8989", "127.0.0.1:"+p.ports[0], "127.0.0.1:8990", "127.0.0.1:"+p.ports[1]))
 	})
 	p.survives(30)
 
