@@ -193,8 +193,7 @@ const (
 	syncEvery      = 5 * time.Second        // between two round trips of our word through Redis
 	syncTimeout    = 2 * time.Second        // within which it must come back,
 	joinTimeout    = 10 * time.Second       // the first time behind all that came with the list
-	minBackoff     = 100 * time.Millisecond // between attempts to join, doubling to
-	maxBackoff     = 2 * time.Second        // this, each half as long to half as long again
+	rejoinPause    = 400 * time.Millisecond // between attempts to join, half to one and a half of it
 	keyGrace       = 2 * syncEvery          // in which an older cookie key comes back
 	restoreTries   = 5                      // of writing the list back against others
 	batchSize      = 64                     // posts that share one round trip to Redis
@@ -477,14 +476,6 @@ func newRoom(cfg *config, logf func(string, ...any), gotKey func(string)) *room 
 	return r
 }
 
-// away returns why nothing can be said, nil when it can.
-func (r *room) away() error {
-	if r.broker == nil {
-		return nil
-	}
-	return r.broker.away()
-}
-
 // say puts a line into the room unless its key is there already, and returns the id of the message
 // that has the key. An error means that this is not sure: the line may come in later all the same,
 // and with its key it is safe to say it again.
@@ -553,7 +544,7 @@ type Log struct {
 	history int // messages a newcomer gets
 
 	mu      sync.Mutex    // guards all below, and the ring's content
-	ring    *ring         // nil until the log is built for the first time
+	ring    *ring         // of no use until the log is built for the first time
 	built   uint64        // how often it was
 	added   chan struct{} // closed at the next entry; nil when nobody waits for one
 	wake    chan struct{} // closed at the next round
@@ -646,7 +637,7 @@ type news struct {
 
 // newLog returns a log of which nobody gets anything until it is built.
 func newLog(size, history int) *Log {
-	l := &Log{size: size, history: history, wake: make(chan struct{})}
+	l := &Log{size: size, history: history, ring: newRing(size), wake: make(chan struct{})}
 	l.timer = time.AfterFunc(heartbeat, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -717,9 +708,6 @@ func (l *Log) rebuild(entries []entry, cut bool) {
 func (l *Log) entries() (all []entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ring == nil {
-		return nil
-	}
 	for pos := l.ring.oldest; pos < l.ring.next; pos++ {
 		all = append(all, l.ring.at(pos).entry)
 	}
@@ -730,10 +718,7 @@ func (l *Log) entries() (all []entry) {
 func (l *Log) numbers() (held, out, bytes uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ring != nil {
-		held = l.ring.next - l.ring.oldest
-	}
-	return held, l.out, l.bytes
+	return l.ring.next - l.ring.oldest, l.out, l.bytes
 }
 
 // close ends every reader once it has read to the end.
@@ -749,10 +734,8 @@ func (l *Log) close() {
 func (l *Log) idOf(key string) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ring != nil {
-		if pos, known := l.ring.index[key]; known {
-			return l.ring.at(pos).id
-		}
+	if pos, known := l.ring.index[key]; known {
+		return l.ring.at(pos).id
 	}
 	return ""
 }
@@ -812,7 +795,7 @@ func (l *Log) read(c *cursor, final bool) (n news) {
 func (l *Log) place(c *cursor, final bool) bool {
 	r := l.ring
 	if c.built == l.built {
-		return r != nil
+		return l.built > 0
 	}
 	if c.after == "" {
 		l.restart(c, r.recent(l.history))
@@ -1255,17 +1238,13 @@ type server struct {
 	posts, floods, logins, guesses limiter // by session or address, and three by address
 	tally                          tally   // of what these refuse
 
-	maxConns, maxStreams int
-	conns                atomic.Int64 // open connections, streams among them
-	full                 limiter      // of telling the log that they are too many
+	maxConns int
+	conns    atomic.Int64  // open connections, streams among them
+	streams  chan struct{} // holds one for each stream, as many as may be
+	full     limiter       // of telling the log that they are too many
 
 	cut    context.Context // when it ends, so does the connection of every stream
 	cutOff func()
-
-	mu       sync.Mutex     // guards all below
-	streams  int            // since before they take their connection over
-	ending   bool           // no stream may begin
-	finished sync.WaitGroup // those in streams
 }
 
 // fileLimit returns how many descriptors the process may open. Linux tells; elsewhere Go has
@@ -1275,7 +1254,7 @@ func fileLimit() int {
 	_, files, _ := strings.Cut(string(limits), "\nMax open files")
 	n := 8192
 	fmt.Sscan(files, &n) // leaves it where the limit is no number
-	return n
+	return min(n, 1<<17)
 }
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
@@ -1283,7 +1262,8 @@ func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s.cut, s.cutOff = context.WithCancel(context.Background())
 	s.tally = tally{logf: logf, answers: map[string]uint64{"204": 0},
 		refused: map[string]uint64{"logins": 0, "passwords": 0, "posts": 0}}
-	s.maxConns, s.maxStreams = capacity(fileLimit())
+	conns, streams := capacity(fileLimit())
+	s.maxConns, s.streams = conns, make(chan struct{}, streams)
 	s.full = limiter{every: floodPause, burst: 1}
 	if cfg.rate > 0 {
 		s.posts = limiter{every: time.Duration(float64(time.Second) / cfg.rate), burst: postBurst}
@@ -1371,7 +1351,7 @@ func (s *server) opened(ctx context.Context, c net.Conn) context.Context {
 func (s *server) tellFull() {
 	if s.full.take("", time.Now()) == 0 {
 		s.logf("full: %d of %d connections are open, %d of them may be streams; a higher limit of "+
-			"open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, s.maxStreams)
+			"open files (ulimit -n) makes room for more", s.conns.Load(), s.maxConns, cap(s.streams))
 	}
 }
 
@@ -1381,13 +1361,12 @@ func (s *server) shutdown(srv *http.Server) {
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	s.room.log.close()
-	s.mu.Lock()
-	s.ending = true
-	s.mu.Unlock()
 	context.AfterFunc(ctx, s.cutOff)
 	srv.Shutdown(ctx)
 	srv.Close()
-	s.finished.Wait()
+	for range cap(s.streams) { // when every place is taken no stream is left, and none can begin
+		s.streams <- struct{}{}
+	}
 }
 
 // routes says who answers what. The patterns give 404, and 405 with Allow, by themselves.
@@ -1531,8 +1510,7 @@ func parseIP(text string) netip.Addr {
 	return ip.Unmap()
 }
 
-// readForm reads a form from the body, or answers why it cannot. It splits at & alone, as the
-// URL standard does: net/http also refuses a bare semicolon, which curl -d sends.
+// readForm reads a form from the body, or answers why it cannot.
 func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	const formType = "application/x-www-form-urlencoded"
 	kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
@@ -1557,18 +1535,10 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	return form, err == nil
 }
 
-func parseForm(body string) (url.Values, error) {
-	form := url.Values{}
-	for pair := range strings.SplitSeq(body, "&") {
-		key, value, _ := strings.Cut(pair, "=")
-		key, err := url.QueryUnescape(key)
-		value, err2 := url.QueryUnescape(value)
-		if err != nil || err2 != nil {
-			return nil, cmp.Or(err, err2)
-		}
-		form.Add(key, value)
-	}
-	return form, nil
+// parseForm splits at & alone, as the URL standard does: net/url also refuses a bare semicolon, which
+// curl -d sends.
+func parseForm(text string) (url.Values, error) {
+	return url.ParseQuery(strings.ReplaceAll(text, ";", "%3B"))
 }
 
 // A view is what the pages are made from.
@@ -1907,9 +1877,11 @@ func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
 
 func (s *server) healthz(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
-	if why := s.room.away(); why != nil {
-		unavailable(w, "redis is away: "+whyAway(why))
-		return
+	if b := s.room.broker; b != nil {
+		if why := b.away(); why != nil {
+			unavailable(w, "redis is away: "+whyAway(why))
+			return
+		}
 	}
 	fmt.Fprintln(w, "ok")
 }
@@ -1949,15 +1921,12 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	one := func(name, help string, n uint64) { put(name, help, "", map[string]uint64{"": n}) }
-	s.mu.Lock()
-	readers := s.streams
-	s.mu.Unlock()
 	held, out, bytes := s.room.log.numbers()
 	answers, refused := s.tally.totals()
 	one("connections", "Open connections, streams among them.", uint64(s.conns.Load()))
 	one("connections_limit", "Connections that the limit of open files allows.", uint64(s.maxConns))
-	one("readers", "Open streams.", uint64(readers))
-	one("readers_limit", "Streams among the connections at most.", uint64(s.maxStreams))
+	one("readers", "Open streams.", uint64(len(s.streams)))
+	one("readers_limit", "Streams among the connections at most.", uint64(cap(s.streams)))
 	one("messages_held", "Entries of the log.", held)
 	one("messages_out_total", "Entries that readers got.", out)
 	one("bytes_out_total", "Bytes of these.", bytes)
@@ -2033,7 +2002,9 @@ func (s *server) newStream(r *http.Request) (*stream, error) {
 // five times the memory, and leaves it to one goroutine, which first writes the head of the answer.
 // Shutdown waits for the stream from before that on.
 func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
-	if !s.admitStream() {
+	select {
+	case s.streams <- struct{}{}:
+	default:
 		s.tellFull()
 		w.Header().Set("Connection", "close") // else it stays open, idle, and counts
 		unavailable(w, "too many streams")
@@ -2041,7 +2012,7 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 	}
 	conn, came, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		s.endStream()
+		<-s.streams
 		s.logf("taking over a connection: %v", err)
 		return
 	}
@@ -2063,28 +2034,8 @@ func (s *server) takeOver(w http.ResponseWriter, st *stream, status string) {
 		st.conn.Close()
 		release()
 		s.conns.Add(-1) // net/http does not tell the end of a connection that was taken over
-		s.endStream()
+		<-s.streams
 	}()
-}
-
-// admitStream counts one more stream, for which shutdown waits, unless there are too many or the
-// end has begun.
-func (s *server) admitStream() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ending || s.streams >= s.maxStreams {
-		return false
-	}
-	s.streams++
-	s.finished.Add(1)
-	return true
-}
-
-func (s *server) endStream() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.streams--
-	s.finished.Done()
 }
 
 // A stream is one reader on its connection. After takeOver only its goroutine has it.
@@ -2524,29 +2475,18 @@ func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(strin
 // appended. To join again is to agree on the key, subscribe, agree on the list, and see that what
 // is published comes back.
 func (b *broker) run(ctx context.Context) {
-	for pause := time.Duration(0); ; {
-		start := time.Now()
+	for {
 		err := guarded(func() error { return b.stay(ctx) })
 		if ctx.Err() != nil {
 			return
 		}
 		b.setAway(err)
-		pause = nextPause(pause, time.Since(start))
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(pause/2 + mathrand.N(pause)):
+		case <-time.After(rejoinPause/2 + mathrand.N(rejoinPause)):
 		}
 	}
-}
-
-// nextPause is how long to wait after a stay and the pause before it; after a long one, as if it
-// were the first.
-func nextPause(pause, stayed time.Duration) time.Duration {
-	if stayed > 2*syncEvery {
-		return minBackoff
-	}
-	return min(max(2*pause, minBackoff), maxBackoff)
 }
 
 // setAway notes why the room is away, and says so, each reason once until it is joined again.
@@ -2556,9 +2496,12 @@ func (b *broker) setAway(why error) {
 	if b.told == nil {
 		b.since, b.told = time.Now(), map[string]bool{}
 		state = "away, trying again until it answers"
-		op, network := errors.AsType[*net.OpError](why)
-		if b.why == errNotJoined && network && op.Op == "dial" {
+		switch op, network := errors.AsType[*net.OpError](why); {
+		case b.why != errNotJoined:
+		case network && op.Op == "dial" && op.Addr != nil && !op.Timeout():
 			hint = "; start it, or leave -redis out for a room in memory"
+		case words == hungUp:
+			hint = "; perhaps TLS is on one side only"
 		}
 	}
 	known := b.told[words]
@@ -2587,6 +2530,8 @@ func (b *broker) setJoined() {
 	}
 }
 
+const hungUp = "it has ended the connection"
+
 // inWords is an error for the log. What a server says is quoted, cut, and without the arguments
 // that it may repeat, such as a password or a message.
 func inWords(err error) string {
@@ -2595,6 +2540,8 @@ func inWords(err error) string {
 	kind, _, _ := strings.Cut(text, " ")
 	_, wrongTLS := errors.AsType[tls.RecordHeaderError](err)
 	op, network := errors.AsType[*net.OpError](err)
+	connected := network && op.Source != nil
+	name, unresolved := errors.AsType[*net.DNSError](err)
 	switch {
 	case slices.Contains([]string{"MOVED", "CLUSTERDOWN", "CROSSSLOT"}, kind):
 		return fmt.Sprintf("this Redis is a cluster: name the node that has the room, "+
@@ -2608,12 +2555,15 @@ func inWords(err error) string {
 		return "this port speaks no TLS: it wants redis://"
 	case strings.HasPrefix(err.Error(), "redigo: "):
 		return "that is not Redis, or it wants rediss://"
-	case network && op.Op != "dial" && op.Timeout():
+	case connected && op.Timeout():
 		return "it does not answer"
-	case network && op.Op != "dial", errors.Is(err, io.EOF):
-		return "it has ended the connection"
+	case connected, errors.Is(err, io.EOF):
+		return hungUp
+	case unresolved && !name.IsNotFound: // whose words have a port, another one each time
+		return fmt.Sprintf("no name server answers for %q", name.Name)
 	}
-	return err.Error()
+	text, _, _ = strings.Cut(err.Error(), ": current time ") // with a certificate that has expired
+	return text
 }
 
 // guarded runs f. A panic, such as redigo's when an answer has an impossible length, is an error
@@ -2665,10 +2615,6 @@ func (b *broker) depart() {
 	defer b.mu.Unlock()
 	if b.asked != nil {
 		b.begun, b.asked = append(b.begun, b.asked), nil
-	}
-	select {
-	case <-b.asking:
-	default:
 	}
 }
 
@@ -2814,7 +2760,7 @@ func (b *broker) dial(ctx context.Context, patience time.Duration) (redis.Conn, 
 		return timelyConn{c, patience}, nil
 	}
 	return redis.DialURLContext(ctx, b.url, redis.DialContextFunc(netDial),
-		redis.DialTLSHandshakeTimeout(redisTimeout))
+		redis.DialTLSHandshakeTimeout(redisTimeout*9/10)) // before a read's, which says less
 }
 
 // A timelyConn bounds progress, not the whole: each write may take redisTimeout, and each read must
@@ -2960,6 +2906,7 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 		c.Send("MULTI")
 		c.Send("LRANGE", b.channel+":history", 0, -1)
 		c.Send("PUBLISH", b.channel+":probe", f.word)
+		c.Send("GET", b.channel+":key") // a cluster says so at once if it is in another slot
 		replies, err := commit(c)
 		if err != nil {
 			return nil, err
@@ -2994,8 +2941,8 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 	}
 	log, items := f.merge(list)
 	if items == nil {
-		_, err = c.Do("UNWATCH")
-		return cmp.Or(err, redis.ErrNil)
+		c.Do("UNWATCH")
+		return redis.ErrNil
 	}
 	b.depart()
 	c.Send("MULTI")
@@ -3093,18 +3040,13 @@ func follow(sub redis.Conn, f *feed) error {
 // the list anew.
 func (f *feed) hear(channel, text string) error {
 	switch {
-	case channel == f.channel+":probe" && f.seam != "":
-		if text == f.seam {
-			f.seam = ""
-			f.back()
-		}
+	case channel == f.channel+":probe" && text == cmp.Or(f.seam, f.word):
+		f.seam = ""
+		f.back()
 	case f.seam != "":
 	case channel == f.channel+":probe":
 		if strings.HasPrefix(text, rewritten) {
 			return errForgot
-		}
-		if text == f.word {
-			f.back()
 		}
 	case channel == f.channel+":id":
 		if announcedID(text) {

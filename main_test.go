@@ -10,6 +10,7 @@ The tests, in the order of this file, and what of README.md's promises each part
 	http       every request and its answer, in tables; limits; no input harms anybody else
 	redis      the contract with other programs; what is in the list; who knows an id; start and usage
 	faults     204 is in the room, once, in one order, whatever Redis and the network do
+	hosting    Redis by name, behind TLS, with few rights, in a cluster, failing over (CHAT_TEST_REDIS=valkey-server)
 	mixed      all of them at once over real HTTP (CHAT_MIXED=10m, CHAT_SEED)
 	readers    what one costs who reads slowly, or not, or leaves, through a WebSocket too; descriptors
 	pages      in a real browser: the chat page, the lesson
@@ -446,6 +447,9 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// redisProgram is the server that tests start: redis-server, or CHAT_TEST_REDIS=valkey-server.
+var redisProgram = cmp.Or(os.Getenv("CHAT_TEST_REDIS"), "redis-server")
+
 // A redisServer is a redis-server of the test's own. It keeps its port and its directory
 // from one start to the next.
 type redisServer struct {
@@ -471,7 +475,7 @@ func startRedis(t testing.TB, args ...string) *redisServer {
 // newRedis is a redisServer that is not started yet.
 func newRedis(t testing.TB, args ...string) *redisServer {
 	t.Helper()
-	need(t, "redis-server", "apt-get install redis-server")
+	need(t, redisProgram, "apt-get install "+redisProgram)
 	port := freePort(t)
 	r := &redisServer{t: t, addr: "127.0.0.1:" + port, dir: t.TempDir()}
 	r.args = append([]string{"--port", port, "--bind", "127.0.0.1", "--dir", r.dir, "--save", "", "--appendonly", "no"}, args...)
@@ -483,12 +487,12 @@ func newRedis(t testing.TB, args ...string) *redisServer {
 
 func (r *redisServer) start() {
 	r.t.Helper()
-	require(r.t, r.tryStart(), "redis-server ended: %v", r.err)
+	require(r.t, r.tryStart(), "%s ended: %v", redisProgram, r.err)
 }
 
 func (r *redisServer) tryStart() bool {
 	r.t.Helper()
-	r.program = launch(r.t, exec.Command("redis-server", r.args...))
+	r.program = launch(r.t, exec.Command(redisProgram, r.args...))
 	return r.comesUp(func() bool {
 		_, err := r.try("PING")
 		return err == nil
@@ -1639,8 +1643,7 @@ func inTime(t *testing.T, name string, stays, stops time.Duration, does func(pip
 					s.shutdown(srv)
 					took := time.Since(start)
 					synctest.Wait()
-					expect(t, took == stops && s.conns.Load() == 0 && s.streams == 0,
-						"it took %v and left %d connections and %d streams, want %v and none", took, s.conns.Load(), s.streams, stops)
+					expect(t, took == stops && s.conns.Load() == 0, "it took %v and left %d connections, want %v and none", took, s.conns.Load(), stops)
 					return
 				}
 				for s.conns.Load() > 0 && time.Since(start) < never {
@@ -1696,8 +1699,8 @@ func TestShutdownWhileTakingOver(t *testing.T) {
 			told := strings.Contains(string(got), "\nevent: ping\n")
 			expect(t, late != 0 || told, "taken over after %v it was told %q", late, got)
 			took := <-ended
-			expect(t, took == late && s.conns.Load() == 0 && s.streams == 0,
-				"it took %v, and left %d connections and %d streams, want %v and none", took, s.conns.Load(), s.streams, late)
+			expect(t, took == late && s.conns.Load() == 0,
+				"it took %v, and left %d connections, want %v and none", took, s.conns.Load(), late)
 		})
 	}
 }
@@ -1867,17 +1870,6 @@ func TestOrigin(t *testing.T) {
 			"-origin %q: got %v, %v, want %q", text, cfg, err, want)
 		expect(t, err == nil || !strings.Contains(err.Error(), "secret"), "-origin %q: the error has the password: %v", text, err)
 	}
-}
-
-// The pauses between attempts to join double up to maxBackoff, and begin anew after a long stay.
-func TestNextPause(t *testing.T) {
-	var pauses []time.Duration
-	pause := time.Duration(0)
-	for _, stayed := range []time.Duration{0, 0, 0, 0, 0, 0, 0, syncEvery, time.Minute, 0} {
-		pause = nextPause(pause, stayed)
-		pauses = append(pauses, pause/time.Millisecond)
-	}
-	same(t, pauses, []time.Duration{100, 200, 400, 800, 1600, 2000, 2000, 2000, 100, 200}, "the pauses are")
 }
 
 // FuzzFrame: a text that is cleaned and encoded is one event with that text and id, whatever
@@ -3054,6 +3046,7 @@ func TestRedisLayout(t *testing.T) {
 	r.do("PUBLISH", "chat", "foreign")
 	same(t, next(t, published), "chat foreign", "then came")
 	same(t, r.history(), list, "chat:history holds")
+	eventually(t, "the foreign line to come", func() bool { return slices.Contains(c.newcomer(), "foreign") })
 	want := c.newcomer()
 	if got := newClient(t, r.room().url).newcomer(); !slices.Contains(got, long) || !slices.Equal(append(got, "foreign"), want) {
 		t.Errorf("a room that starts has %d messages, and the first one %d, want the same but for the foreign line", len(got), len(want))
@@ -3690,6 +3683,9 @@ func TestInWords(t *testing.T) {
 		{io.EOF, "it has ended the connection"},
 		{read(syscall.ECONNRESET), "it has ended the connection"},
 		{read(os.ErrDeadlineExceeded), "it does not answer"},
+		{&net.OpError{Op: "remote error", Err: errors.New("tls: certificate required")}, "remote error: tls: certificate required"},
+		{&net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Name: "redis.test", Err: "read udp 127.0.0.1:4711->127.0.0.1:53: i/o timeout"}},
+			`no name server answers for "redis.test"`},
 		{&net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}, "dial tcp: connection refused"},
 	} {
 		same(t, inWords(test.err), test.want, "%v", test.err)
@@ -3981,6 +3977,7 @@ type fault struct {
 	loses  bool     // it comes back with less than the rooms hold
 	room   []string // arguments of the rooms
 	url    string   // %s is host and port
+	posts  bool     // Valkey tells it only to who posts
 }
 
 type when int
@@ -4023,9 +4020,9 @@ var faults = []fault{
 		}},
 	{name: "writes are paused, as before a failover", breaks: does("CLIENT", "PAUSE", 60000, "WRITE"), mends: does("CLIENT", "UNPAUSE")},
 	{name: "the list is a string (WRONGTYPE)", when: both, loses: true, breaks: does("SET", "chat:history", "x"), mends: does("DEL", "chat:history")},
-	{name: "no memory left (OOM)",
+	{name: "no memory left (OOM)", posts: true,
 		breaks: does("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1"), mends: does("CONFIG", "SET", "maxmemory", "0")},
-	{name: "no memory left (OOM), with a key that is not in Redis", room: []string{"CHAT_KEY=one of our own"},
+	{name: "no memory left (OOM), with a key that is not in Redis", posts: true, room: []string{"CHAT_KEY=one of our own"},
 		breaks: does("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1"), mends: does("CONFIG", "SET", "maxmemory", "0")},
 	{name: "a replica that lost its primary and still answers PING (READONLY)", when: both,
 		breaks: does("REPLICAOF", "127.0.0.1", "1"), mends: does("REPLICAOF", "NO", "ONE")},
@@ -4049,6 +4046,9 @@ var faults = []fault{
 func TestRedisAway(t *testing.T) {
 	t.Parallel()
 	for _, test := range faults {
+		if test.posts && strings.Contains(redisProgram, "valkey") {
+			continue
+		}
 		if test.when != starting {
 			t.Run(test.name, func(t *testing.T) { t.Parallel(); test.underRooms(t) })
 		}
@@ -4724,6 +4724,479 @@ func (r *relay) lets(chunk []byte, answer bool) (passes, late bool) {
 	return passes, late
 }
 
+// ---- redis as people run it ----
+
+// A testName is what the name server of the tests knows of a name. That one stands in front of the
+// machine's own for all tests, none of which asks for a name beyond this machine.
+type testName struct {
+	addrs []string
+	late  time.Duration // before each answer
+	lost  atomic.Int64  // questions that get none
+}
+
+var testNames sync.Map // name → *testName
+
+func init() {
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		c, server := net.Pipe()
+		go func() {
+			defer server.Close()
+			answerName(server)
+		}()
+		return c, nil
+	}}
+}
+
+// answerName answers one question of the DNS (RFC 1035, section 4), with the length before it.
+func answerName(c net.Conn) {
+	header := make([]byte, 2+12)
+	if _, err := io.ReadFull(c, header); err != nil {
+		return
+	}
+	asked := make([]byte, int(header[0])<<8+int(header[1])-12)
+	if _, err := io.ReadFull(c, asked); err != nil {
+		return
+	}
+	end, labels := 0, []string(nil)
+	for ; asked[end] > 0; end += 1 + int(asked[end]) {
+		labels = append(labels, string(asked[end+1:][:asked[end]]))
+	}
+	kind, code, answers := asked[end+2], byte(3), []byte(nil) // 3: there is no such name
+	if known, ok := testNames.Load(strings.Join(labels, ".")); ok {
+		name := known.(*testName)
+		if code = 0; name.lost.Add(-1) >= 0 {
+			io.Copy(io.Discard, c) // until who asks gives up
+			return
+		}
+		time.Sleep(name.late)
+		for _, addr := range name.addrs {
+			if kind == 1 { // A
+				answers = append(answers, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4)
+				answers = append(answers, net.ParseIP(addr).To4()...)
+			}
+		}
+	}
+	message := append([]byte{header[2], header[3], 0x81, 0x80 | code, 0, 1, 0, byte(len(answers) / 16), 0, 0, 0, 0}, asked[:end+5]...)
+	message = append(message, answers...)
+	c.Write(append([]byte{0, byte(len(message))}, message...))
+}
+
+// TestRedisByName joins a Redis whose name is hard to find out, or has an address where nobody answers. The
+// machine's name server here is one, which is asked twice, and 5 s are what each question may take.
+func TestRedisByName(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 20 s")
+	}
+	t.Parallel()
+	r := startRedis(t)
+	_, port, _ := strings.Cut(r.addr, ":")
+	dead := "127.0.0.2:" + port // full, so that it does not even refuse
+	full := launch(t, exec.Command(redisProgram, "--bind", "127.0.0.2", "--port", port, "--tcp-backlog", "1", "--save", ""))
+	if !full.comesUp(func() bool { return listens(dead) }) {
+		t.Skipf("this system has no 127.0.0.2: %s", full.out.String())
+	}
+	full.signal("STOP")
+	for err := error(nil); err == nil; {
+		var c net.Conn
+		if c, err = net.DialTimeout("tcp", dead, time.Second/2); err == nil {
+			t.Cleanup(func() { c.Close() })
+		}
+	}
+	for name, test := range map[string]struct {
+		addrs []string
+		late  time.Duration
+		lost  int64  // A and AAAA are asked for at once
+		says  string // why it never joins
+	}{
+		"the first of two addresses refuses":         {addrs: []string{"127.0.0.3", "127.0.0.1"}},
+		"the first of two addresses is dead":         {addrs: []string{"127.0.0.2", "127.0.0.1"}},
+		"the name comes after 2.5 s":                 {addrs: []string{"127.0.0.1"}, late: 2500 * time.Millisecond},
+		"the first question is lost":                 {addrs: []string{"127.0.0.1"}, lost: 2},
+		"both, a lost question and a dead address":   {addrs: []string{"127.0.0.2", "127.0.0.1"}, lost: 2},
+		"all addresses are dead":                     {addrs: []string{"127.0.0.2"}, says: "redis is away, trying again until it answers: dial tcp " + dead + ": i/o timeout\n"},
+		"no name server answers":                     {lost: math.MaxInt32, says: `redis is away, trying again until it answers: no name server answers for "NAME"` + "\n"},
+		"nobody knows the name":                      {says: "no such host\n"},
+		"the only address refuses, so it is told to": {addrs: []string{"127.0.0.3"}, says: "connection refused; start it, or leave -redis out for a room in memory\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			host := strings.ToLower(regexp.MustCompile(`[^a-z]+`).ReplaceAllString(name, "-")) + ".test"
+			if known := (&testName{addrs: test.addrs, late: test.late}); name != "nobody knows the name" {
+				known.lost.Store(test.lost)
+				testNames.Store(host, known)
+			}
+			room := startRoom(t, "-redis", host+":"+port)
+			if test.says == "" {
+				room.joined().changed("joined")
+				newClient(t, room.url).say("hello")
+				return
+			}
+			want := strings.ReplaceAll(test.says, "NAME", host)
+			eventually(t, "it to say why", func() bool { return strings.Contains(room.log.String(), "redis is") })
+			if log := room.log.String(); !strings.HasSuffix(log, want) {
+				t.Errorf("it logged %q, want %q", log, want)
+			}
+		})
+	}
+}
+
+// TestIdleConnectionsEnded: Redis ends connections on which nothing has come for 10 s. An idle room that
+// keeps no key in Redis stays joined, and can be posted to.
+func TestIdleConnectionsEnded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 10 s")
+	}
+	t.Parallel()
+	r := startRedis(t, "--timeout", "10")
+	room := r.room("CHAT_KEY=one of our own")
+	idle, err := net.Dial("tcp", r.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer idle.Close()
+	idle.SetReadDeadline(time.Now().Add(patience))
+	if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatalf("an idle connection: got %v, want that Redis ends it", err)
+	}
+	newClient(t, room.url).say("hello")
+	room.changed("joined")
+}
+
+// TestNoMoreClients: Redis says that it has too many clients, and hangs up. What counts is what it
+// said, also where the first that a room sends is a transaction, since it has a key of its own.
+func TestNoMoreClients(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t, "--maxclients", "8")
+	for taken, err := 0, error(nil); err == nil; taken++ {
+		c, _ := redis.Dial("tcp", r.addr)
+		t.Cleanup(func() { c.Close() })
+		if _, err = c.Do("PING"); taken > 100 {
+			t.Fatal("Redis takes everybody")
+		}
+	}
+	for _, key := range []string{"CHAT_KEY=", "CHAT_KEY=one of our own"} {
+		line := newRelay(t, r.addr)
+		room := startRoom(t, "-redis", line.addr, key)
+		line.comes(2 * 3) // for three attempts
+		if log := room.log.String(); !strings.HasSuffix(log, `answers: "ERR max number of clients reached"`+"\n") || strings.Count(log, "\n") != 1 {
+			t.Errorf("with %s it logged %q, want what Redis said, once", key, log)
+		}
+		if got := newClient(t, room.url).get("/healthz").body; got != "redis is away: it refuses\n" {
+			t.Errorf("/healthz says %q", got)
+		}
+	}
+}
+
+// TestLeastRights runs the room with the line of rights in running.md: to post, to read what was said
+// before, the word every 5 s, to write back. And without any of these rights the log says so.
+func TestLeastRights(t *testing.T) {
+	t.Parallel()
+	line := strings.TrimSpace(blocks(t, "acl")[0])
+	user, address := strings.Fields(line)[1], regexp.MustCompile("`REDIS_URL=(redis://[^`]*)`").FindStringSubmatch(readFile(t, ".github/running.md"))
+	if address == nil {
+		t.Fatal("running.md names no REDIS_URL")
+	}
+	// Each right is one room's, which lacks just that. Only two at once need UNWATCH.
+	users, lacks := line+"\n", map[string]string{}
+	for _, right := range regexp.MustCompile(`[+~&]\S+`).FindAllString(line, -1) {
+		if room := fmt.Sprintf("room%02d", len(lacks)); right != "+unwatch" {
+			lacks[room] = strings.ReplaceAll(right, user, room)
+			users += strings.ReplaceAll(strings.ReplaceAll(line+" ", " "+right+" ", " "), user, room) + "\n"
+		}
+	}
+	r := startRedis(t, "--aclfile", writeFile(t, filepath.Join(t.TempDir(), "users.acl"), users))
+	login := func(name string) string {
+		u, _ := url.Parse(address[1])
+		u.Host = r.addr
+		return strings.ReplaceAll(u.String(), user, name)
+	}
+	first := startRoom(t, "-redis", login(user)).joined()
+	newClient(t, first.url).say("hello")
+	rooms := map[string]*program{}
+	for name := range lacks {
+		rooms[name] = startRoom(t, "-redis", login(name), "-channel", name)
+	}
+	denied := func(name string) bool { return strings.Contains(rooms[name].log.String(), "NOPERM ") }
+	for name, room := range rooms {
+		c := newClient(t, room.url)
+		eventually(t, "a room without "+lacks[name]+" to join or not", func() bool { return denied(name) || c.post("hello") == 204 })
+	}
+	r.do("FLUSHALL")
+	r.cut()
+	for name := range rooms {
+		eventually(t, "a room without "+lacks[name]+" to say so", func() bool { return denied(name) })
+	}
+	eventually(t, "a word to have gone out", func() bool { return r.do("TTL", user+":history").(int64) > 0 })
+	first.joined().changed("joined", "away", "wrote", "joined")
+	first.stop()
+	if got := newClient(t, startRoom(t, "-redis", login(user)).joined().url).newcomer(); !slices.Equal(got, []string{"hello"}) {
+		t.Errorf("after a restart the room holds %q, want hello", got)
+	}
+}
+
+// TestRedisTLS: what the log says of a Redis behind TLS whose certificate, its own authority, is trusted, is not,
+// or cannot be.
+func TestRedisTLS(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		t.Skip("SSL_CERT_FILE counts on Linux")
+	}
+	hour := time.Now().Add(time.Hour)
+	for name, test := range map[string]struct {
+		names   string // for which the certificate is
+		until   time.Time
+		scheme  string
+		plain   bool   // the port without TLS
+		unknown bool   // it is not in SSL_CERT_FILE
+		clients string // whether Redis wants certificates from them
+		says    string // nothing: the room joins
+	}{
+		"trusted":                             {names: "localhost", until: hour},
+		"not trusted":                         {names: "localhost", until: hour, unknown: true, says: "tls: failed to verify certificate: x509: certificate signed by unknown authority"},
+		"of another name":                     {names: "other.test", until: hour, says: "tls: failed to verify certificate: x509: certificate is valid for other.test, not localhost"},
+		"expired":                             {names: "localhost", until: time.Now().Add(-time.Hour), says: "tls: failed to verify certificate: x509: certificate has expired or is not yet valid"},
+		"and one is wanted, Debian's default": {names: "localhost", until: hour, clients: "yes", says: "remote error: tls: certificate required"},
+		"TLS at a port without":               {names: "localhost", until: hour, plain: true, says: "TLS handshake timeout"},
+		"no TLS at a port with":               {names: "localhost", until: hour, scheme: "redis", says: hungUp + "; perhaps TLS is on one side only"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cert, key := selfSigned(t, func(c *x509.Certificate) {
+				c.DNSNames, c.NotAfter, c.IsCA, c.BasicConstraintsValid = []string{test.names}, test.until, true, true
+			})
+			port := freePort(t)
+			r := startRedis(t, "--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert,
+				"--tls-auth-clients", cmp.Or(test.clients, "no"))
+			if test.plain {
+				_, port, _ = strings.Cut(r.addr, ":")
+			}
+			line, trusted := newRelay(t, "127.0.0.1:"+port), cert
+			if test.unknown {
+				trusted, _ = selfSigned(t)
+			}
+			_, port, _ = strings.Cut(line.addr, ":")
+			room := startProcess(t, "-redis", cmp.Or(test.scheme, "rediss")+"://localhost:"+port, "SSL_CERT_FILE="+trusted)
+			if test.says == "" {
+				room.joined()
+				newClient(t, room.url).say("hello")
+				return
+			}
+			line.comes(2 * 3) // for three attempts, of which one is told
+			if log := room.log.String(); !strings.Contains(log, "answers: "+test.says) || strings.Count(log, "\n") != 1 {
+				t.Errorf("it logged %q, want %q, once", log, test.says)
+			}
+		})
+	}
+}
+
+// TestCluster runs the room in a cluster of one node and of three, where its keys have to be in one slot.
+// Else, or at a node without that slot, the log says so, once.
+func TestCluster(t *testing.T) {
+	t.Parallel()
+	for size, others := range map[int]string{1: "CROSSSLOT", 3: "MOVED"} {
+		t.Run(fmt.Sprint(size, " nodes"), func(t *testing.T) {
+			t.Parallel()
+			const slots = 1 << 14
+			var nodes []*redisServer
+			for i := range size {
+				r := startRedis(t, "--cluster-enabled", "yes", "--cluster-port", freePort(t))
+				r.do("CLUSTER", "ADDSLOTSRANGE", i*slots/size, (i+1)*slots/size-1)
+				nodes = append(nodes, r)
+				host, port, _ := net.SplitHostPort(nodes[0].addr)
+				r.do("CLUSTER", "MEET", host, port, nodes[0].args[len(nodes[0].args)-1])
+			}
+			eventually(t, "the cluster to be one", func() bool {
+				return !slices.ContainsFunc(nodes, func(r *redisServer) bool {
+					info, _ := redis.String(r.do("CLUSTER", "INFO"), nil)
+					return !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, fmt.Sprint("cluster_known_nodes:", size, "\r"))
+				})
+			})
+			slot, _ := redis.Int(nodes[0].do("CLUSTER", "KEYSLOT", "{chat}:key"), nil)
+			at := slot * size / slots
+			room := nodes[at].room("-channel", "{chat}")
+			c := newClient(t, room.url)
+			c.say("hello")
+			nodes[at].do("FLUSHALL")
+			nodes[at].cut()
+			eventually(t, "the room to write back", func() bool { return strings.Contains(room.log.String(), "written back") })
+			c.insist("again")
+			room.changed("joined", "away", "wrote", "joined")
+			if got := newClient(t, nodes[at].room("-channel", "{chat}").url).newcomer(); !slices.Equal(got, []string{"hello", "again"}) {
+				t.Errorf("another room at this node holds %q, want hello and again", got)
+			}
+			channel := "chat"
+			if size > 1 {
+				channel = "{chat}"
+			}
+			line := newRelay(t, nodes[(at+1)%size].addr)
+			lost := startRoom(t, "-redis", line.addr, "-channel", channel)
+			line.comes(2 * 3) // for three attempts, of which one is told
+			want := `answers: this Redis is a cluster: name the node that has the room, whose keys -channel '{chat}' keeps together: "` + others
+			if log := lost.log.String(); !strings.Contains(log, want) || strings.Count(log, "\n") != 1 || size > 1 && !strings.Contains(log, nodes[at].addr) {
+				t.Errorf("it logged %q, want %s, once", log, want)
+			}
+		})
+	}
+}
+
+// TestFailover runs running.md's block for haproxy in front of a master and its replica. The master is
+// killed under load, and the replica promoted: with all that was said, or without the newest. Nothing that
+// was acknowledged may be missing or there twice, and what the replica lacked is told by a gap. Nor does the
+// old master, which comes back as one, part the room.
+func TestFailover(t *testing.T) {
+	t.Parallel()
+	haproxy := need(t, "haproxy", "apt-get install haproxy")
+	for name, lags := range map[string]bool{"the replica has it all": false, "the replica lags": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			master := startRedis(t, "--repl-diskless-sync-delay", "0")
+			line := newRelay(t, master.addr)
+			host, port, _ := net.SplitHostPort(line.addr)
+			replica := startRedis(t, "--replicaof", host+" "+port)
+			eventually(t, "the replica to follow", func() bool {
+				info, _ := redis.String(replica.do("INFO", "replication"), nil)
+				return strings.Contains(info, "master_link_status:up")
+			})
+			addr, proxy := serve(t, func(addr string) *exec.Cmd {
+				conf := adapt(t, blocks(t, "haproxy")[0], "127.0.0.1:6379", addr, "10.0.0.1:6379", master.addr, "10.0.0.2:6379", replica.addr)
+				return exec.Command(haproxy, "-db", "-f", writeFile(t, filepath.Join(t.TempDir(), "haproxy.cfg"), conf))
+			})
+			sees := func(what string) {
+				t.Helper()
+				eventually(t, "the proxy to see that "+what, func() bool { return strings.Contains(proxy.log.String(), "Server redis/"+what) })
+			}
+			sees("two is DOWN")
+			rooms := []*program{startRoom(t, "-redis", addr, "-history", "4096").joined(), startRoom(t, "-redis", addr, "-history", "4096").joined()}
+			at := []*client{newClient(t, rooms[0].url), newClient(t, rooms[1].url)}
+			streams := []*answer{at[0].stream("", ""), at[1].stream("", "")}
+			var accepted atomic.Int64
+			var dead, back atomic.Bool
+			together(5, func(i int) {
+				if i < 4 {
+					for n := 0; !back.Load(); n++ {
+						at[i%2].insist(fmt.Sprintf("%d-%04d", i, n))
+						accepted.Add(1)
+						if dead.Load() { // what follows need not be much
+							time.Sleep(10 * time.Millisecond)
+						}
+					}
+					return
+				}
+				more := func(n int64) {
+					n += accepted.Load()
+					eventually(t, "messages to flow", func() bool { return accepted.Load() > n })
+				}
+				more(200)
+				if lags {
+					line.hold()
+					more(20)
+				}
+				start := time.Now()
+				master.kill()
+				dead.Store(true)
+				line.cut()
+				line.release()
+				replica.do("REPLICAOF", "NO", "ONE")
+				more(20)
+				eventually(t, "both rooms to be back", func() bool { return at[0].healthy() && at[1].healthy() })
+				t.Logf("%d acknowledged, healthy after %v", accepted.Load(), time.Since(start).Round(time.Millisecond))
+				master.start() // and is a master still
+				sees("one is UP")
+				for range 3 {
+					replica.cut()
+					more(20)
+				}
+				back.Store(true)
+			})
+			at[0].insist("last-but-one")
+			at[1].insist("last")
+			all := at[1].newcomer()
+			if len(all) != int(accepted.Load())+2 || doubled(all) {
+				t.Errorf("the room holds %d messages, want the %d that were acknowledged, each once", len(all), accepted.Load()+2)
+			}
+			wrote := written(t, rooms...)
+			if lags && wrote == 0 {
+				t.Error("the replica lacked nothing, so nothing is shown")
+			}
+			for i, s := range streams {
+				parts := betweenGaps(s.upTo("last")) // two that come together are told as one
+				if gaps, got := len(parts)-1, parts[len(parts)-1]; gaps > wrote || gaps < min(wrote, 1) || !slices.Equal(got, all) {
+					t.Errorf("reader %d was told %d gaps of %d, and then %d messages of %d in one order", i, gaps, wrote, len(got), len(all))
+				}
+			}
+			if got := at[0].newcomer(); !slices.Equal(got, all) {
+				t.Errorf("the first room holds %d messages, the second %d, want the same", len(got), len(all))
+			}
+			if n := master.do("EXISTS", "chat:history", "chat:key"); n != int64(0) {
+				t.Errorf("the old master, which came back empty, has %d keys of the room, want none", n)
+			}
+		})
+	}
+}
+
+// TestCommandsOfAnIdleRoom: what running.md says that a Redis counts.
+func TestCommandsOfAnIdleRoom(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	c, words := newClient(t, r.room().url), r.listen("chat:probe")
+	commands := func() (n int) {
+		stats, _ := redis.String(r.do("INFO", "commandstats"), nil)
+		for _, calls := range regexp.MustCompile(`cmdstat_([^:]+):calls=(\d+)`).FindAllStringSubmatch(stats, -1) {
+			if one, _ := strconv.Atoi(calls[2]); calls[1] != "info" {
+				n += one
+			}
+		}
+		return n
+	}
+	next(t, words)
+	before := commands()
+	next(t, words)
+	idle := commands() - before
+	c.say("hello")
+	post := commands() - before - idle
+	every := int(syncEvery / time.Second)
+	want := fmt.Sprintf("counts %d a minute for an idle process (%d every %d s) and %d for a post", idle*60/every, idle, every, post)
+	if !strings.Contains(inOneLine(readFile(t, ".github/running.md")), want) {
+		t.Errorf("running.md does not say that it %s", want)
+	}
+}
+
+// TestWhatIsLoggedWhileAway: of a Redis that is away for long, one line at the start, one for each other
+// reason however many attempts meet it, and at the end how long it took, and what was written back.
+func TestWhatIsLoggedWhileAway(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	room := r.room()
+	newClient(t, room.url).say("one", "two")
+	logged := func(words string) {
+		t.Helper()
+		eventually(t, "it to log "+words, func() bool { return strings.Contains(room.log.String(), words) })
+	}
+	r.kill()
+	logged("refused")
+	r.args = append(r.args, "--requirepass", "geheim")
+	r.password = "geheim"
+	r.start()
+	logged("NOAUTH")
+	eventually(t, "three more attempts", func() bool {
+		stats, _ := redis.String(r.do("INFO", "commandstats"), nil)
+		return regexp.MustCompile(`rejected_calls=([3-9]|\d\d)`).MatchString(stats)
+	})
+	r.do("CONFIG", "SET", "requirepass", "")
+	r.password = ""
+	room.joined()
+	want := regexp.MustCompile(strings.ReplaceAll(`^@redis is joined, 0 messages held
+@redis is away, trying again until it answers: it has ended the connection
+@redis is still away: dial tcp `+r.addr+`: connect: connection refused
+@redis is still away: "NOAUTH Authentication required."
+@redis had forgotten; the history was written back, 3 messages
+@redis is joined after [\d.]+m?s, 3 messages held
+$`, "@", `[\d/]{10} [\d:]{8} `))
+	if log := room.log.String(); !want.MatchString(log) {
+		t.Errorf("it logged\n%swant\n%s", log, want)
+	}
+}
+
 // ---- model ----
 
 // TestReconcile: a, b, c … are messages; a2 is a with the tail of another attempt; a.f is a foreign
@@ -5184,7 +5657,15 @@ func (p *modelProcess) writeList(faults bool) {
 // forgot while a process lags shows only until the list is full again.
 func (p *modelProcess) follow() {
 	b := p.room.broker
-	if !p.underWay && (len(b.asking) > 0 || p.IntN(2+p.size/4) == 0) {
+	asked := false
+	if !p.underWay {
+		select {
+		case <-b.asking:
+			asked = true
+		default:
+		}
+	}
+	if !p.underWay && (asked || p.IntN(2+p.size/4) == 0) {
 		least := p.f.least()
 		b.depart()
 		p.trim()
@@ -5265,7 +5746,7 @@ func (c *modelClient) step(end int) {
 		return
 	}
 	c.at = c.processes[c.IntN(len(c.processes))]
-	if c.to = c.at.room; c.to == nil || c.to.away() != nil {
+	if c.to = c.at.room; c.to == nil || c.to.broker.away() != nil {
 		c.at = nil
 		return
 	}
@@ -5436,7 +5917,7 @@ func (m *model) over() bool { return m.unrest() == "" }
 
 func (m *model) unrest() string {
 	for i, p := range m.processes {
-		if p.room == nil || p.room.away() != nil || len(p.pending) > 0 || len(p.queue) > 0 || p.trips < 2 {
+		if p.room == nil || p.room.broker.away() != nil || len(p.pending) > 0 || len(p.queue) > 0 || p.trips < 2 {
 			return fmt.Sprintf("process %d is not joined or has not read all", i)
 		}
 	}
@@ -10017,12 +10498,15 @@ func TestNginxWithTLS(t *testing.T) {
 	s.hears("x: hello")
 }
 
-// selfSigned writes a certificate and its key.
-func selfSigned(t testing.TB) (certFile, keyFile string) {
+// selfSigned writes a certificate, changed like this, and its key.
+func selfSigned(t testing.TB, changes ...func(*x509.Certificate)) (certFile, keyFile string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
 	must(t, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	for _, change := range changes {
+		change(template)
+	}
 	cert, err := x509.CreateCertificate(cryptorand.Reader, template, template, key.Public(), key)
 	must(t, err)
 	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
