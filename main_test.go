@@ -4850,9 +4850,7 @@ func TestIdleConnectionsEnded(t *testing.T) {
 	r := startRedis(t, "--timeout", "10")
 	room := r.room("CHAT_KEY=one of our own")
 	idle, err := net.Dial("tcp", r.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer idle.Close()
 	idle.SetReadDeadline(time.Now().Add(patience))
 	if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
@@ -4870,20 +4868,17 @@ func TestNoMoreClients(t *testing.T) {
 	for taken, err := 0, error(nil); err == nil; taken++ {
 		c, _ := redis.Dial("tcp", r.addr)
 		t.Cleanup(func() { c.Close() })
-		if _, err = c.Do("PING"); taken > 100 {
-			t.Fatal("Redis takes everybody")
-		}
+		_, err = c.Do("PING")
+		require(t, taken <= 100, "Redis takes everybody")
 	}
 	for _, key := range []string{"CHAT_KEY=", "CHAT_KEY=one of our own"} {
 		line := newRelay(t, r.addr)
 		room := startRoom(t, "-redis", line.addr, key)
 		line.comes(2 * 3) // for three attempts
-		if log := room.log.String(); !strings.HasSuffix(log, `answers: "ERR max number of clients reached"`+"\n") || strings.Count(log, "\n") != 1 {
-			t.Errorf("with %s it logged %q, want what Redis said, once", key, log)
-		}
-		if got := newClient(t, room.url).get("/healthz").body; got != "redis is away: it refuses\n" {
-			t.Errorf("/healthz says %q", got)
-		}
+		log := room.log.String()
+		expect(t, strings.HasSuffix(log, `answers: "ERR max number of clients reached"`+"\n") && strings.Count(log, "\n") == 1,
+			"with %s it logged %q, want what Redis said, once", key, log)
+		same(t, newClient(t, room.url).get("/healthz").body, "redis is away: it refuses\n", "/healthz says")
 	}
 }
 
@@ -4893,9 +4888,7 @@ func TestLeastRights(t *testing.T) {
 	t.Parallel()
 	line := strings.TrimSpace(blocks(t, "acl")[0])
 	user, address := strings.Fields(line)[1], regexp.MustCompile("`REDIS_URL=(redis://[^`]*)`").FindStringSubmatch(readFile(t, ".github/running.md"))
-	if address == nil {
-		t.Fatal("running.md names no REDIS_URL")
-	}
+	require(t, address != nil, "running.md names no REDIS_URL")
 	// Each right is one room's, which lacks just that. Only two at once need UNWATCH.
 	users, lacks := line+"\n", map[string]string{}
 	for _, right := range regexp.MustCompile(`[+~&]\S+`).FindAllString(line, -1) {
@@ -4929,9 +4922,7 @@ func TestLeastRights(t *testing.T) {
 	eventually(t, "a word to have gone out", func() bool { return r.do("TTL", user+":history").(int64) > 0 })
 	first.joined().changed("joined", "away", "wrote", "joined")
 	first.stop()
-	if got := newClient(t, startRoom(t, "-redis", login(user)).joined().url).newcomer(); !slices.Equal(got, []string{"hello"}) {
-		t.Errorf("after a restart the room holds %q, want hello", got)
-	}
+	same(t, newClient(t, startRoom(t, "-redis", login(user)).joined().url).newcomer(), []string{"hello"}, "after a restart the room holds")
 }
 
 // TestRedisTLS: what the log says of a Redis behind TLS whose certificate, its own authority, is trusted, is not,
@@ -4982,9 +4973,8 @@ func TestRedisTLS(t *testing.T) {
 				return
 			}
 			line.comes(2 * 3) // for three attempts, of which one is told
-			if log := room.log.String(); !strings.Contains(log, "answers: "+test.says) || strings.Count(log, "\n") != 1 {
-				t.Errorf("it logged %q, want %q, once", log, test.says)
-			}
+			log := room.log.String()
+			expect(t, strings.Contains(log, "answers: "+test.says) && strings.Count(log, "\n") == 1, "it logged %q, want %q, once", log, test.says)
 		})
 	}
 }
@@ -5021,9 +5011,7 @@ func TestCluster(t *testing.T) {
 			eventually(t, "the room to write back", func() bool { return strings.Contains(room.log.String(), "written back") })
 			c.insist("again")
 			room.changed("joined", "away", "wrote", "joined")
-			if got := newClient(t, nodes[at].room("-channel", "{chat}").url).newcomer(); !slices.Equal(got, []string{"hello", "again"}) {
-				t.Errorf("another room at this node holds %q, want hello and again", got)
-			}
+			same(t, newClient(t, nodes[at].room("-channel", "{chat}").url).newcomer(), []string{"hello", "again"}, "another room at this node holds")
 			channel := "chat"
 			if size > 1 {
 				channel = "{chat}"
@@ -5111,25 +5099,20 @@ func TestFailover(t *testing.T) {
 			at[0].insist("last-but-one")
 			at[1].insist("last")
 			all := at[1].newcomer()
-			if len(all) != int(accepted.Load())+2 || doubled(all) {
-				t.Errorf("the room holds %d messages, want the %d that were acknowledged, each once", len(all), accepted.Load()+2)
-			}
+			expect(t, len(all) == int(accepted.Load())+2 && !doubled(all),
+				"the room holds %d messages, want the %d that were acknowledged, each once", len(all), accepted.Load()+2)
 			wrote := written(t, rooms...)
-			if lags && wrote == 0 {
-				t.Error("the replica lacked nothing, so nothing is shown")
-			}
+			expect(t, !lags || wrote != 0, "the replica lacked nothing, so nothing is shown")
 			for i, s := range streams {
 				parts := betweenGaps(s.upTo("last")) // two that come together are told as one
-				if gaps, got := len(parts)-1, parts[len(parts)-1]; gaps > wrote || gaps < min(wrote, 1) || !slices.Equal(got, all) {
-					t.Errorf("reader %d was told %d gaps of %d, and then %d messages of %d in one order", i, gaps, wrote, len(got), len(all))
-				}
+				gaps, got := len(parts)-1, parts[len(parts)-1]
+				expect(t, gaps <= wrote && gaps >= min(wrote, 1) && slices.Equal(got, all),
+					"reader %d was told %d gaps of %d, and then %d messages of %d in one order", i, gaps, wrote, len(got), len(all))
 			}
 			if got := at[0].newcomer(); !slices.Equal(got, all) {
 				t.Errorf("the first room holds %d messages, the second %d, want the same", len(got), len(all))
 			}
-			if n := master.do("EXISTS", "chat:history", "chat:key"); n != int64(0) {
-				t.Errorf("the old master, which came back empty, has %d keys of the room, want none", n)
-			}
+			same(t, master.do("EXISTS", "chat:history", "chat:key"), any(int64(0)), "the old master, which came back empty, has")
 		})
 	}
 }
@@ -5156,9 +5139,7 @@ func TestCommandsOfAnIdleRoom(t *testing.T) {
 	post := commands() - before - idle
 	every := int(syncEvery / time.Second)
 	want := fmt.Sprintf("counts %d a minute for an idle process (%d every %d s) and %d for a post", idle*60/every, idle, every, post)
-	if !strings.Contains(inOneLine(readFile(t, ".github/running.md")), want) {
-		t.Errorf("running.md does not say that it %s", want)
-	}
+	expect(t, strings.Contains(inOneLine(readFile(t, ".github/running.md")), want), "running.md does not say that it %s", want)
 }
 
 // TestWhatIsLoggedWhileAway: of a Redis that is away for long, one line at the start, one for each other
