@@ -6824,7 +6824,8 @@ func (p *pageRelay) send(frames string) {
 // says has a message come, by the clock of "10:00:00", and waits until the browser shows it.
 func (p *pageRelay) says(b *browser, who, text string) {
 	b.t.Helper()
-	p.says(b, ""+who+"", text)
+	p.send(frame(id(), "[10:00:00] "+who+": "+text))
+	b.hasText(text)
 }
 
 // until waits for what is seen at the relay.
