@@ -12,11 +12,13 @@ The tests, in the order of this file, and what of README.md's promises each part
 	faults     204 is in the room, once, in one order, whatever Redis and the network do
 	hosting    Redis by name, behind TLS, with few rights, in a cluster, failing over (CHAT_TEST_REDIS=valkey-server)
 	mixed      all of them at once over real HTTP (CHAT_MIXED=10m, CHAT_SEED)
-	readers    what one costs who reads slowly, or not, or leaves; descriptors
+	readers    what one costs who reads slowly, or not, or leaves, through a WebSocket too; descriptors
 	pages      in a real browser: the chat page, the lesson
-	websocket  RFC 6455 over raw sockets; fuzz; Python, Chromium, nginx and Caddy; what a peer costs
+	websocket  RFC 6455 over raw sockets; fuzz; Python, Chromium, nginx and Caddy
 	documents  README's lines are run: shell, nginx, Caddy, systemd; manual, flags and numbers agree
 	benchmarks
+
+A check says what must be so: same compares, expect goes on where it fails, require does not.
 
 go test -short is the quick look. It leaves out what takes long by its nature.
 */
@@ -52,6 +54,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -61,6 +64,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 	"unicode/utf8"
@@ -81,10 +85,45 @@ func eventually(t testing.TB, what string, ok func() bool) {
 func within(t testing.TB, limit time.Duration, what string, ok func() bool) {
 	t.Helper()
 	for start := time.Now(); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Since(start) > limit {
-			t.Fatalf("waited %v for %s", limit, what)
-		}
+		require(t, time.Since(start) <= limit, "waited %v for %s", limit, what)
 	}
+}
+
+// same fails unless got is want. The words say of what; one empty list is the same as another.
+func same[T any](t testing.TB, got, want T, what string, args ...any) {
+	t.Helper()
+	if a, b := reflect.ValueOf(got), reflect.ValueOf(want); reflect.DeepEqual(got, want) ||
+		a.Kind() == reflect.Slice && a.Len() == 0 && b.Len() == 0 {
+		return
+	}
+	verb := "%+v"
+	switch any(got).(type) {
+	case string, []string:
+		verb = "%q"
+	}
+	t.Errorf("%s: got %.4000s, want %.4000s", fmt.Sprintf(what, args...), fmt.Sprintf(verb, got), fmt.Sprintf(verb, want))
+}
+
+// expect fails unless ok, in these words.
+func expect(t testing.TB, ok bool, format string, args ...any) {
+	t.Helper()
+	if !ok {
+		t.Errorf(format, args...)
+	}
+}
+
+// require is expect for what the rest of a test stands on: it ends the test.
+func require(t testing.TB, ok bool, format string, args ...any) {
+	t.Helper()
+	if !ok {
+		t.Fatalf(format, args...)
+	}
+}
+
+// must ends the test if there is an error.
+func must(t testing.TB, err error) {
+	t.Helper()
+	require(t, err == nil, "%v", err)
 }
 
 // need returns the path of a program that a test runs. Without it the test is skipped, or
@@ -145,9 +184,7 @@ func launch(t testing.TB, cmd *exec.Cmd) *program {
 	t.Helper()
 	p := newProgram(t, filepath.Base(cmd.Path))
 	cmd.Stdout, cmd.Stderr = &p.out, &p.log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	go func() {
 		defer close(p.ended)
 		p.err = cmd.Wait()
@@ -159,6 +196,13 @@ func launch(t testing.TB, cmd *exec.Cmd) *program {
 	}
 	t.Cleanup(p.kill)
 	return p
+}
+
+// succeeds runs a program to its end.
+func succeeds(t testing.TB, cmd *exec.Cmd) {
+	t.Helper()
+	out, err := cmd.CombinedOutput()
+	expect(t, err == nil, "%v: %v\n%s", cmd, err, out)
 }
 
 // comesUp waits until ok, and returns false if the program ended before.
@@ -246,9 +290,8 @@ func (p *program) kill() {
 func (p *program) signal(name string) {
 	p.t.Helper()
 	kill := need(p.t, "kill", "part of every Unix")
-	if out, err := exec.Command(kill, "-"+name, strconv.Itoa(p.Pid)).CombinedOutput(); err != nil {
-		p.t.Fatalf("kill -%s %d: %v: %s", name, p.Pid, err, out)
-	}
+	out, err := exec.Command(kill, "-"+name, strconv.Itoa(p.Pid)).CombinedOutput()
+	require(p.t, err == nil, "kill -%s %d: %v: %s", name, p.Pid, err, out)
 }
 
 var (
@@ -261,7 +304,19 @@ var (
 func startRoom(t testing.TB, args ...string) *program {
 	t.Helper()
 	env, args := splitArgs(args)
-	getenv := func(name string) string {
+	p := newProgram(t, "the room")
+	ctx, cancel := context.WithCancel(context.Background())
+	p.interrupt = cancel
+	go func() {
+		defer close(p.ended)
+		p.err = run(ctx, args, environ(env...), &p.out, &p.log)
+	}()
+	return p.opened()
+}
+
+// environ is a getenv of these, NAME=value.
+func environ(env ...string) func(name string) string {
+	return func(name string) string {
 		for _, e := range slices.Backward(env) {
 			if value, ok := strings.CutPrefix(e, name+"="); ok {
 				return value
@@ -269,14 +324,6 @@ func startRoom(t testing.TB, args ...string) *program {
 		}
 		return ""
 	}
-	p := newProgram(t, "the room")
-	ctx, cancel := context.WithCancel(context.Background())
-	p.interrupt = cancel
-	go func() {
-		defer close(p.ended)
-		p.err = run(ctx, args, getenv, &p.out, &p.log)
-	}()
-	return p.opened()
 }
 
 // startProcess is startRoom with the built binary.
@@ -362,9 +409,7 @@ func (p *program) changes() (all []string) {
 // changed fails unless the room logged just this.
 func (p *program) changed(want ...string) {
 	p.t.Helper()
-	if got := p.changes(); !slices.Equal(got, want) {
-		p.t.Errorf("it logged %q, want %q", got, want)
-	}
+	same(p.t, p.changes(), want, "it logged")
 }
 
 var (
@@ -386,9 +431,7 @@ func buildBinary(t testing.TB) string {
 	t.Helper()
 	need(t, "go", "https://go.dev/dl")
 	path, err := binary()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return path
 }
 
@@ -444,9 +487,7 @@ func newRedis(t testing.TB, args ...string) *redisServer {
 
 func (r *redisServer) start() {
 	r.t.Helper()
-	if !r.tryStart() {
-		r.t.Fatalf("%s ended: %v", redisProgram, r.err)
-	}
+	require(r.t, r.tryStart(), "%s ended: %v", redisProgram, r.err)
 }
 
 func (r *redisServer) tryStart() bool {
@@ -473,9 +514,7 @@ func (r *redisServer) try(command string, args ...any) (any, error) {
 func (r *redisServer) do(command string, args ...any) any {
 	r.t.Helper()
 	reply, err := r.try(command, args...)
-	if err != nil {
-		r.t.Fatalf("redis: %s %.80q: %v", command, args, err)
-	}
+	require(r.t, err == nil, "redis: %s %.80q: %v", command, args, err)
 	return reply
 }
 
@@ -521,9 +560,7 @@ func (r *redisServer) get(name string) string {
 func (r *redisServer) history() []string {
 	r.t.Helper()
 	list, err := redis.Strings(r.do("LRANGE", "chat:history", 0, -1), nil)
-	if err != nil {
-		r.t.Fatal(err)
-	}
+	must(r.t, err)
 	return list
 }
 
@@ -563,14 +600,10 @@ func (r *redisServer) announce(n int) {
 func (r *redisServer) listen(channels ...any) <-chan string {
 	r.t.Helper()
 	c, err := redis.Dial("tcp", r.addr, redis.DialPassword(r.password), redis.DialConnectTimeout(patience))
-	if err != nil {
-		r.t.Fatal(err)
-	}
+	must(r.t, err)
 	r.t.Cleanup(func() { c.Close() })
 	sub := redis.PubSubConn{Conn: c}
-	if err := sub.Subscribe(channels...); err != nil {
-		r.t.Fatal(err)
-	}
+	must(r.t, sub.Subscribe(channels...))
 	for range channels {
 		sub.Receive() // the acknowledgement
 	}
@@ -668,9 +701,7 @@ func (c *client) try(method, path, body string, headers ...string) (response, er
 func (c *client) do(method, path, body string, headers ...string) response {
 	c.t.Helper()
 	got, err := c.try(method, path, body, headers...)
-	if err != nil {
-		c.t.Fatalf("%s %s: %v", method, path, err)
-	}
+	require(c.t, err == nil, "%s %s: %v", method, path, err)
 	return got
 }
 
@@ -694,9 +725,8 @@ func form(pairs ...string) string {
 
 func (c *client) login(name string) *client {
 	c.t.Helper()
-	if got := c.do("POST", "/login", form("user", name)); got.status != http.StatusSeeOther {
-		c.t.Fatalf("login as %q: got %d, want 303", name, got.status)
-	}
+	got := c.do("POST", "/login", form("user", name))
+	require(c.t, got.status == http.StatusSeeOther, "login as %q: got %d, want 303", name, got.status)
 	return c
 }
 
@@ -705,9 +735,7 @@ func (c *client) session() *http.Cookie {
 	c.t.Helper()
 	at, _ := url.Parse(c.url)
 	cookies := c.http.Jar.Cookies(at)
-	if len(cookies) != 1 {
-		c.t.Fatalf("got %d cookies, want the session", len(cookies))
-	}
+	require(c.t, len(cookies) == 1, "got %d cookies, want the session", len(cookies))
 	return cookies[0]
 }
 
@@ -715,9 +743,7 @@ func (c *client) session() *http.Cookie {
 func (c *client) cookie(path, body string, headers ...string) *http.Cookie {
 	c.t.Helper()
 	got := (&http.Response{Header: c.do("POST", path, body, headers...).header}).Cookies()
-	if len(got) != 1 {
-		c.t.Fatalf("POST %s sets %d cookies, want 1", path, len(got))
-	}
+	require(c.t, len(got) == 1, "POST %s sets %d cookies, want 1", path, len(got))
 	return got[0]
 }
 
@@ -737,9 +763,9 @@ func (c *client) postKey(key, text string) int {
 func (c *client) sayAs(key, text string) (id string) {
 	c.t.Helper()
 	got := c.do("POST", "/post", form("message", text), "Idempotency-Key: "+key)
-	if id = got.header.Get("Message-Id"); got.status != http.StatusNoContent || !strings.HasPrefix(id, key+"~") {
-		c.t.Fatalf("posting %.80q as %s: got %d, Message-Id %q, want 204 and an id of that key", text, key, got.status, id)
-	}
+	id = got.header.Get("Message-Id")
+	require(c.t, got.status == http.StatusNoContent && strings.HasPrefix(id, key+"~"),
+		"posting %.80q as %s: got %d, Message-Id %q, want 204 and an id of that key", text, key, got.status, id)
 	return id
 }
 
@@ -747,9 +773,8 @@ func (c *client) sayAs(key, text string) (id string) {
 func (c *client) say(texts ...string) {
 	c.t.Helper()
 	for _, text := range texts {
-		if got := c.post(text); got != http.StatusNoContent {
-			c.t.Fatalf("posting %.80q: got %d, want 204", text, got)
-		}
+		got := c.post(text)
+		require(c.t, got == http.StatusNoContent, "posting %.80q: got %d, want 204", text, got)
 	}
 }
 
@@ -758,9 +783,7 @@ func (c *client) sayMany(n int, text string) {
 	c.t.Helper()
 	together(8, func(i int) {
 		for ; i < n; i += 8 {
-			if got := c.post(strconv.Itoa(i) + text); got != http.StatusNoContent {
-				c.t.Errorf("message %d: got %d, want 204", i, got)
-			}
+			same(c.t, c.post(strconv.Itoa(i)+text), http.StatusNoContent, "message %d", i)
 		}
 	})
 }
@@ -814,9 +837,7 @@ func (c *client) stream(query, lastEventID string) *answer {
 	c.t.Cleanup(cancel)
 	opening := time.AfterFunc(patience, cancel)
 	resp, err := c.send(ctx, "GET", "/stream?"+query, "", headers...)
-	if err != nil {
-		c.t.Fatalf("opening the stream: %v", err)
-	}
+	require(c.t, err == nil, "opening the stream: %v", err)
 	opening.Stop()
 	s := &answer{c.t, resp.StatusCode, resp.Header, make(chan event), cancel}
 	go func() {
@@ -850,9 +871,7 @@ func (s *answer) next(timeout time.Duration) event {
 	s.t.Helper()
 	select {
 	case e, ok := <-s.events:
-		if !ok {
-			s.t.Fatal("reading behind the end of a stream")
-		}
+		require(s.t, ok, "reading behind the end of a stream")
 		return e
 	case <-time.After(timeout):
 		s.t.Fatalf("no event within %v", timeout)
@@ -869,7 +888,7 @@ func (s *answer) until(what string) (got []event) {
 		if e.kind == what || e.kind == "message" && e.text() == what {
 			return got
 		}
-		if e.kind == "end" {
+		if e.kind == "end" { // tell takes long for many
 			s.t.Fatalf("the stream ended before %q, after %.500q", what, tell(got))
 		}
 	}
@@ -886,9 +905,7 @@ func (s *answer) message() event {
 	s.t.Helper()
 	got := s.until("message")
 	for _, e := range got[:len(got)-1] {
-		if e.kind != "ping" {
-			s.t.Fatalf("got %q, want a message", tell(got))
-		}
+		require(s.t, e.kind == "ping", "got %q, want a message", tell(got))
 	}
 	return got[len(got)-1]
 }
@@ -897,9 +914,8 @@ func (s *answer) message() event {
 func (s *answer) hears(lines ...string) {
 	s.t.Helper()
 	for _, want := range lines {
-		if got := s.message().said(); got != want {
-			s.t.Fatalf("heard %.200q, want %.200q", got, want)
-		}
+		got := s.message().said()
+		require(s.t, got == want, "heard %.200q, want %.200q", got, want)
 	}
 }
 
@@ -915,6 +931,9 @@ var clockTime = regexp.MustCompile(`^\[([01]\d|2[0-3]):[0-5]\d:[0-5]\d\] `)
 
 // said is a message without its time.
 func (e event) said() string { return clockTime.ReplaceAllString(e.data, "") }
+
+// in is an event in one line.
+func (e event) in() string { return e.kind + " " + e.id + ": " + e.data }
 
 // text is a message without its time and its sender, if it has one.
 func (e event) text() string {
@@ -1077,9 +1096,7 @@ func TestEventReader(t *testing.T) {
 		if last := len(got) - 1; got[last].retry == nil {
 			got = got[:last]
 		}
-		if fmt.Sprint(got) != fmt.Sprint(test.want) {
-			t.Errorf("%s: %q gives %v, want %v", test.name, test.stream, got, test.want)
-		}
+		same(t, fmt.Sprint(got), fmt.Sprint(test.want), "%s: %q gives %v, want %v", test.name, test.stream, got, test.want)
 	}
 }
 
@@ -1087,9 +1104,7 @@ func TestEventReader(t *testing.T) {
 func dial(t testing.TB, url string) net.Conn {
 	t.Helper()
 	conn, err := net.DialTimeout("tcp", strings.TrimPrefix(url, "http://"), patience)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	return conn
 }
@@ -1197,13 +1212,9 @@ func TestLogPlaces(t *testing.T) {
 		{"who was told goes on behind it", testID(100), withGap, "line 2, line 3"},
 	} {
 		l, c := newTestLog(t, 3, test.log), cursor{after: test.id}
-		if got := strings.Join(drain(l, &c), ", "); got != test.want {
-			t.Errorf("%s: from %q got %q, want %q", test.name, test.id, got, test.want)
-		}
+		same(t, strings.Join(drain(l, &c), ", "), test.want, "%s: from %q", test.name, test.id)
 	}
-	if l := newTestLog(t, 3, full); !l.read(&cursor{after: testID(99)}, false).unknown {
-		t.Error("an id that may be on its way is known")
-	}
+	expect(t, newTestLog(t, 3, full).read(&cursor{after: testID(99)}, false).unknown, "an id that may be on its way is known")
 }
 
 func TestLogKeepsTheNewest(t *testing.T) {
@@ -1215,30 +1226,23 @@ func TestLogKeepsTheNewest(t *testing.T) {
 	}
 	want := []string{"(gap)", fmt.Sprint("line ", ringSize), fmt.Sprint("line ", ringSize+1)}
 	for name, c := range map[string]cursor{"behind": behind, "early": early, "0": {after: "0"}} {
-		if got := drain(l, &c); !slices.Equal(got, want) {
-			t.Errorf("a reader %s: got %q, want %q", name, got, want)
-		}
+		same(t, drain(l, &c), want, "a reader %s", name)
 	}
-	if id, held, known := l.idOf(nameOf(testID(1))), len(l.entries()), len(l.ring.index); id != "" || held != ringSize || known != ringSize {
-		t.Errorf("of what left the ring it knows %q; it holds %d entries and %d keys, want %d", id, held, known, ringSize)
-	}
+	id, held, known := l.idOf(nameOf(testID(1))), len(l.entries()), len(l.ring.index)
+	expect(t, id == "" && held == ringSize && known == ringSize,
+		"of what left the ring it knows %q; it holds %d entries and %d keys, want %d", id, held, known, ringSize)
 	c := cursor{after: testID(2)}
-	if got := drain(l, &c); len(got) != ringSize-1 {
-		t.Errorf("after the oldest message came %d, want %d", len(got), ringSize-1)
-	}
+	same(t, len(drain(l, &c)), ringSize-1, "after the oldest message came")
 }
 
 func TestLogDropsTheSecondCopy(t *testing.T) {
 	l := newTestLog(t, ringSize, numbered(0, 3))
 	for _, copied := range []entry{numbered(1, 1)[0], {nameOf(testID(1)) + "~bbbbbbbb", "another text"}} {
-		if id, added := l.append(copied); added || id != testID(1) {
-			t.Errorf("appending %v: got %q, %v, want the first one's id and false", copied, id, added)
-		}
+		id, added := l.append(copied)
+		expect(t, !added && id == testID(1), "appending %v: got %q, %v, want the first one's id and false", copied, id, added)
 	}
 	c := cursor{after: "0"}
-	if got, want := drain(l, &c), lines(numbered(0, 3)); !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
+	same(t, drain(l, &c), lines(numbered(0, 3)), "the log holds")
 }
 
 // TestLogBuiltAnew reads a while, has the log built from another list, and reads on.
@@ -1264,25 +1268,18 @@ func TestLogBuiltAnew(t *testing.T) {
 		l, c := newTestLog(t, 10, test.first), cursor{after: test.id}
 		drain(l, &c)
 		l.rebuild(test.then, test.cut)
-		if got := strings.Join(drain(l, &c), ", "); got != test.want {
-			t.Errorf("%s: got %q, want %q", test.name, got, test.want)
-		}
+		same(t, strings.Join(drain(l, &c), ", "), test.want, "%s", test.name)
 	}
 }
 
-// Who has not read anything of a full ring yet keeps its place when that is built anew, and a poll
-// ends where the log then does.
 func TestLogNothingIsKnownBeforeTheFirstJoin(t *testing.T) {
 	l := newLog(ringSize, 10)
 	defer l.close()
 	for _, id := range []string{"", "0", "x", testID(1)} {
-		if n := l.read(&cursor{after: id}, true); !n.unknown || n.more || len(n.frames) > 0 {
-			t.Errorf("%q is known", id)
-		}
+		n := l.read(&cursor{after: id}, true)
+		expect(t, n.unknown && !n.more && len(n.frames) == 0, "%q is known", id)
 	}
-	if l.entries() != nil || len(l.entries()) != 0 || l.idOf("x") != "" {
-		t.Error("there is something in it")
-	}
+	expect(t, l.entries() == nil && l.idOf("x") == "", "there is something in it")
 }
 
 // Readers that start anywhere, at any time, all see one order without holes, also while the log is
@@ -1308,9 +1305,7 @@ func TestLogManyReaders(t *testing.T) {
 			}
 			got = append(got, drain(l, &c)...)
 		}
-		if !slices.Equal(got, lines(numbered(0, n))) {
-			t.Errorf("reader %d saw another order", r)
-		}
+		same(t, got, lines(numbered(0, n)), "reader %d saw another order", r)
 	})
 }
 
@@ -1368,9 +1363,7 @@ func TestRounds(t *testing.T) {
 				fmt.Sprint(2*test.pause, " [line 5 line 6 line 7]"): test.readers,
 				fmt.Sprint(test.pause/4*9, " [line 9]"):             test.readers,
 			}
-			if !maps.Equal(told, want) {
-				t.Errorf("%d readers: told %v, want %v", test.readers, told, want)
-			}
+			same(t, told, want, "%d readers: told", test.readers)
 		})
 	}
 }
@@ -1458,9 +1451,8 @@ func TestStreamInTime(t *testing.T) {
 				if test.act != nil {
 					time.AfterFunc(test.after, func() { test.act(r) })
 				}
-				if got, _ := watch(&test.st, test.limit); strings.Join(got, ", ") != test.want {
-					t.Errorf("\n got %q\nwant %q", strings.Join(got, ", "), test.want)
-				}
+				got, _ := watch(&test.st, test.limit)
+				expect(t, strings.Join(got, ", ") == test.want, "\n got %q\nwant %q", strings.Join(got, ", "), test.want)
 			})
 		})
 	}
@@ -1480,9 +1472,8 @@ func TestPollIsToldAGapOnce(t *testing.T) {
 			after := testID(19)
 			for _, want := range []string{"gap", "ping"} {
 				_, all := watch(&stream{room: inMemory(l), at: from(after), poll: true, wait: wait}, time.Minute)
-				if after = all[len(all)-1].id; all[0].kind != want {
-					t.Errorf("wait=%v: the first event is %q, want %q", wait, all[0].kind, want)
-				}
+				after = all[len(all)-1].id
+				same(t, all[0].kind, want, "wait=%v: the first event", wait)
 			}
 		}
 	})
@@ -1512,9 +1503,7 @@ func TestPollInAFastRoom(t *testing.T) {
 	for _, wait := range []time.Duration{0, time.Minute} {
 		conn := &busyConn{log: newTestLog(t, 200)}
 		(&stream{room: inMemory(conn.log), conn: conn, poll: true, wait: wait, at: from("0")}).run()
-		if conn.writes > 10 {
-			t.Errorf("wait=%v: %d writes, want an end", wait, conn.writes)
-		}
+		expect(t, conn.writes <= 10, "wait=%v: %d writes, want an end", wait, conn.writes)
 	}
 }
 
@@ -1533,22 +1522,18 @@ func TestLongPollOfMuch(t *testing.T) {
 		}
 		answer := func(after string, wait time.Duration) []string {
 			_, all := watch(&stream{room: inMemory(l), at: from(after), poll: true, wait: wait}, time.Minute)
-			if len(all) == 0 || all[len(all)-1].kind != "ping" {
-				t.Fatalf("the answer after %q has no ping at its end", after)
-			}
+			require(t, len(all) != 0 && all[len(all)-1].kind == "ping", "the answer after %q has no ping at its end", after)
 			return heard(all)
 		}
 		var got []string
 		for after := "0"; len(got) < n; after = testID(len(got) - 1) {
 			part := answer(after, 25*time.Second)
-			if len(part) == 0 || len(part) > most {
-				t.Fatalf("a long poll after %s brings %d messages, want some and at most %d", after, len(part), most)
-			}
+			require(t, len(part) != 0 && len(part) <= most,
+				"a long poll after %s brings %d messages, want some and at most %d", after, len(part), most)
 			got = append(got, part...)
 		}
-		if all := answer("0", 0); !slices.Equal(got, want) || !slices.Equal(all, want) {
-			t.Errorf("the long polls bring %d messages and polling %d, want each of %d once, in order", len(got), len(all), n)
-		}
+		same(t, got, want, "the long polls bring")
+		same(t, answer("0", 0), want, "polling brings")
 	})
 }
 
@@ -1561,9 +1546,9 @@ func TestStreamGivesUpAStalledReader(t *testing.T) {
 		defer here.Close()
 		start := time.Now()
 		(&stream{room: inMemory(l), conn: there}).run()
-		if took := time.Since(start); took < writeTimeout || took > writeTimeout+writeRenew {
-			t.Errorf("given up after %v, want %v to %v", took, writeTimeout, writeTimeout+writeRenew)
-		}
+		took := time.Since(start)
+		expect(t, took >= writeTimeout && took <= writeTimeout+writeRenew,
+			"given up after %v, want %v to %v", took, writeTimeout, writeTimeout+writeRenew)
 	})
 }
 
@@ -1594,23 +1579,33 @@ func (l pipeListener) send(request string, reads bool) {
 }
 
 // newTestServer is a room in memory that nobody serves.
-func newTestServer(t testing.TB, logf func(string, ...any)) *server {
+func newTestServer(t testing.TB, cfg *config, logf func(string, ...any)) *server {
 	t.Helper()
-	s, err := newServer(&config{channel: "chat"}, logf)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s, err := newServer(cfg, logf)
+	must(t, err)
 	t.Cleanup(s.room.log.close)
 	return s
+}
+
+// ask has it answer "METHOD /path", with a form, to a peer and with headers "Name: value".
+func (s *server) ask(request, body, peer string, headers ...string) *httptest.ResponseRecorder {
+	method, path, _ := strings.Cut(request, " ")
+	r, w := httptest.NewRequest(method, path, strings.NewReader(body)), httptest.NewRecorder()
+	r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	r.RemoteAddr = peer + ":4711"
+	for _, h := range headers {
+		if name, value, ok := strings.Cut(h, ": "); ok {
+			r.Header.Set(name, value)
+		}
+	}
+	s.ServeHTTP(w, r)
+	return w
 }
 
 // No connection that does nothing for the room stays for ever, and shutdown takes no time, or
 // stopTimeout where somebody holds it up.
 func TestConnectionsInTime(t *testing.T) {
-	if idleTimeout <= time.Minute {
-		t.Errorf("an idle connection is closed after %v, which may be before a proxy does", idleTimeout)
-	}
-	const never = time.Hour
+	expect(t, idleTimeout > time.Minute, "an idle connection is closed after %v, which may be before a proxy does", idleTimeout)
 	for _, test := range []struct {
 		name, request string
 		reads         bool          // what is answered
@@ -1628,34 +1623,44 @@ func TestConnectionsInTime(t *testing.T) {
 		{"a long poll", rawGet("/stream?wait=25s"), true, 25 * time.Second, 0},
 		{"a stream that nobody reads", rawGet("/stream"), false, writeTimeout + writeRenew, stopTimeout},
 	} {
-		for _, stops := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, shutdown %v", test.name, stops), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					s := newTestServer(t, t.Logf)
-					srv, pipes := s.httpServer(t.Context()), make(pipeListener)
-					go srv.Serve(pipes)
-					start := time.Now()
-					pipes.send(test.request, test.reads)
-					if stops {
-						s.shutdown(srv)
-						took := time.Since(start)
-						if synctest.Wait(); took != test.stops || s.conns.Load() != 0 {
-							t.Errorf("it took %v and left %d connections, want %v and none", took, s.conns.Load(), test.stops)
-						}
-						return
-					}
-					for s.conns.Load() > 0 && time.Since(start) < never {
-						time.Sleep(time.Second)
-					}
-					if took := time.Since(start); took < test.stays || took > test.stays+2*time.Second {
-						t.Errorf("it is closed after %v, want %v", took, test.stays)
-					}
-					s.shutdown(srv)
-				})
-			})
-		}
+		inTime(t, test.name, test.stays, test.stops, func(pipes pipeListener) (end func()) {
+			pipes.send(test.request, test.reads)
+			return func() {}
+		})
 	}
 }
+
+// inTime sees, in a bubble each, how long a connection stays if the room stays open, and how long it
+// holds shutdown up. What is done with it may have an end of its own.
+func inTime(t *testing.T, name string, stays, stops time.Duration, does func(pipes pipeListener) (end func())) {
+	for _, closes := range []bool{false, true} {
+		t.Run(fmt.Sprintf("%s, shutdown %v", name, closes), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newTestServer(t, &config{}, t.Logf)
+				srv, pipes := s.httpServer(t.Context()), make(pipeListener)
+				go srv.Serve(pipes)
+				start := time.Now()
+				defer does(pipes)()
+				if closes {
+					s.shutdown(srv)
+					took := time.Since(start)
+					synctest.Wait()
+					expect(t, took == stops && s.conns.Load() == 0, "it took %v and left %d connections, want %v and none", took, s.conns.Load(), stops)
+					return
+				}
+				for s.conns.Load() > 0 && time.Since(start) < never {
+					time.Sleep(time.Second)
+					synctest.Wait()
+				}
+				took := time.Since(start)
+				expect(t, took >= stays && took <= stays+2*time.Second, "it is gone after %v, want %v", took, stays)
+				s.shutdown(srv)
+			})
+		})
+	}
+}
+
+const never = time.Hour // longer than anything in a bubble may stay
 
 // A hijacker is a request whose connection can be taken over only when the test says so.
 type hijacker struct {
@@ -1674,7 +1679,7 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 func TestShutdownWhileTakingOver(t *testing.T) {
 	for _, late := range []time.Duration{0, 2 * stopTimeout} {
 		synctest.Test(t, func(t *testing.T) {
-			s := newTestServer(t, t.Logf)
+			s := newTestServer(t, &config{}, t.Logf)
 			s.conns.Add(1)
 			here, there := net.Pipe()
 			w := &hijacker{httptest.NewRecorder(), there, make(chan struct{})}
@@ -1685,22 +1690,19 @@ func TestShutdownWhileTakingOver(t *testing.T) {
 				s.shutdown(&http.Server{})
 				ended <- time.Since(start)
 			}()
-			if synctest.Wait(); len(ended) > 0 {
-				t.Error("it ended without the stream")
-			}
+			synctest.Wait()
+			expect(t, len(ended) == 0, "it ended without the stream")
 			refused := httptest.NewRecorder()
-			if s.takeOver(refused, &stream{room: s.room}, "200 OK"); refused.Code != 503 {
-				t.Errorf("a stream that comes then: got %d, want 503", refused.Code)
-			}
+			s.takeOver(refused, &stream{room: s.room}, "200 OK")
+			expect(t, refused.Code == 503, "a stream that comes then: got %d, want 503", refused.Code)
 			time.Sleep(late)
 			close(w.may)
 			got, _ := io.ReadAll(here)
-			if told := strings.Contains(string(got), "\nevent: ping\n"); late == 0 && !told {
-				t.Errorf("taken over after %v it was told %q", late, got)
-			}
-			if took := <-ended; took != late || s.conns.Load() != 0 {
-				t.Errorf("it took %v, and left %d connections, want %v and none", took, s.conns.Load(), late)
-			}
+			told := strings.Contains(string(got), "\nevent: ping\n")
+			expect(t, late != 0 || told, "taken over after %v it was told %q", late, got)
+			took := <-ended
+			expect(t, took == late && s.conns.Load() == 0,
+				"it took %v, and left %d connections, want %v and none", took, s.conns.Load(), late)
 		})
 	}
 }
@@ -1711,17 +1713,14 @@ func TestSession(t *testing.T) {
 	k, now := newSigner("key", ""), time.Unix(1_800_000_000, 0)
 	who := session{id: "abc", name: "小明 [.]", expires: now}
 	value := k.sign(who)
-	if got, ok := k.verify(value, now.Add(-time.Nanosecond)); !ok || got != who {
-		t.Errorf("a nanosecond before it expires: got %v, %v, want %v", got, ok, who)
-	}
-	if _, ok := k.verify(value, now); ok {
-		t.Error("an expired session is accepted")
-	}
+	got, ok := k.verify(value, now.Add(-time.Nanosecond))
+	expect(t, ok && got == who, "a nanosecond before it expires: got %v, %v, want %v", got, ok, who)
+	_, late := k.verify(value, now)
+	expect(t, !late, "an expired session is accepted")
 	for name, other := range map[string]*signer{"key": newSigner("other", ""), "password": newSigner("key", "secret"),
 		"label": {key: []byte("key")}} {
-		if _, ok := other.verify(value, now.Add(-time.Second)); ok {
-			t.Errorf("a session under another %s is accepted", name)
-		}
+		_, ok := other.verify(value, now.Add(-time.Second))
+		expect(t, !ok, "a session under another %s is accepted", name)
 	}
 }
 
@@ -1729,9 +1728,7 @@ func TestLimiter(t *testing.T) {
 	l, now := limiter{every: time.Second, burst: 3}, time.Unix(1_800_000_000, 0)
 	take := func(key string, at time.Duration, want time.Duration) {
 		t.Helper()
-		if got := l.take(key, now.Add(at)); got != want {
-			t.Errorf("%s at %v: wait %v, want %v", key, at, got, want)
-		}
+		same(t, l.take(key, now.Add(at)), want, "%s at %v: wait", key, at)
 	}
 	take("a", 0, 0)
 	take("a", 0, 0)
@@ -1746,14 +1743,11 @@ func TestLimiter(t *testing.T) {
 	for i := range 5000 {
 		take(fmt.Sprint(i), time.Hour+time.Duration(i)*time.Minute, 0)
 	}
-	if n := len(l.whole); n > 1100 {
-		t.Errorf("%d keys are kept, though only one is not full", n)
-	}
+	n := len(l.whole)
+	expect(t, n <= 1100, "%d keys are kept, though only one is not full", n)
 	none := limiter{}
 	for range 100 {
-		if none.take("a", now) != 0 {
-			t.Fatal("no limit limits")
-		}
+		require(t, none.take("a", now) == 0, "no limit limits")
 	}
 }
 
@@ -1780,11 +1774,6 @@ func TestAddress(t *testing.T) {
 		{"127.0.0.1:1", []string{"::ffff:203.0.113.5"}, "203.0.113.5"},
 		{"[::ffff:127.0.0.1]:1", []string{"203.0.113.5"}, "203.0.113.5"},
 		{"127.0.0.1:1", []string{"\"[2001:db8::1]\", unknown"}, "127.0.0.1"},
-		{"127.0.0.1:1", []string{"nonsense"}, "127.0.0.1"},
-		{"127.0.0.1:1", []string{""}, "127.0.0.1"},
-		{"[::ffff:192.0.2.7]:1", nil, "192.0.2.7"},
-		{"[2001:db8:1:2:3:4:5:6]:1", nil, "2001:db8:1:2::"},
-		{"[fe80::1%eth0]:1", nil, "fe80::"},
 		{"[::ffff:192.0.2.7]:1", nil, "192.0.2.7"},
 		{"[2001:db8:1:2:3:4:5:6]:1", nil, "2001:db8:1:2::"},
 		{"[fe80::1%eth0]:1", nil, "fe80::"},
@@ -1792,9 +1781,7 @@ func TestAddress(t *testing.T) {
 		r := httptest.NewRequest("GET", "/", nil)
 		r.RemoteAddr = test.peer
 		r.Header["X-Forwarded-For"] = test.via
-		if got := address(r); got != test.want {
-			t.Errorf("peer %s via %q: got %s, want %s", test.peer, test.via, got, test.want)
-		}
+		same(t, address(r), test.want, "peer %s via %q", test.peer, test.via)
 	}
 }
 
@@ -1803,9 +1790,7 @@ func TestSecure(t *testing.T) {
 		"https , http": true, "http, https": false, "httpsx": false, ",https": false} {
 		r := httptest.NewRequest("GET", "/", nil)
 		r.Header.Set("X-Forwarded-Proto", proto)
-		if got := secure(r); got != want {
-			t.Errorf("X-Forwarded-Proto %q: got %v, want %v", proto, got, want)
-		}
+		same(t, secure(r), want, "X-Forwarded-Proto %q", proto)
 	}
 }
 
@@ -1824,16 +1809,12 @@ func TestJoinURL(t *testing.T) {
 		{"a proxy that changes Host", "backend:8989", "", "https://chat.example.org", nil, "-origin https://chat.example.org/"},
 		{"the first of two", "localhost:8989", "", "http://a.example", []string{localhost, lan}, "-origin http://A.example:80 -origin http://b.example"},
 	} {
-		cfg, err := configure(strings.Fields(test.origins), func(string) string { return "" }, io.Discard)
-		if err != nil {
-			t.Fatal(err)
-		}
+		cfg, err := configure(strings.Fields(test.origins), environ(), io.Discard)
+		must(t, err)
 		r := httptest.NewRequest("GET", "/", nil)
 		r.Host = test.host
 		r.Header.Set("X-Forwarded-Proto", test.proto)
-		if got := (&server{cfg: cfg, urls: test.urls}).joinURL(r); got != test.want {
-			t.Errorf("%s: got %s, want %s", test.name, got, test.want)
-		}
+		same(t, (&server{cfg: cfg, urls: test.urls}).joinURL(r), test.want, "%s", test.name)
 	}
 }
 
@@ -1842,25 +1823,20 @@ func TestLanguage(t *testing.T) {
 		"": "en", "zh": "zh", "zh-CN,zh;q=0.9,en;q=0.8": "zh", "en-US,en;q=0.9,zh;q=0.8": "en",
 		"fr, de": "en", "fr, zh;q=0.1": "zh", "zh;q=0": "en", "en;q=0.3, ZH-TW;q=0.7": "zh", ";;q=x,,": "en",
 	} {
-		if got := language(accept); got != want {
-			t.Errorf("language(%q): got %s, want %s", accept, got, want)
-		}
+		same(t, language(accept), want, "language(%q)", accept)
 	}
 }
 
 func TestCookieValues(t *testing.T) {
 	h := http.Header{"Cookie": {"a=1; " + cookieName + "=x y\"; b", cookieName + "=;" + cookieName + " =no;" + cookieName + "2=no"}}
-	if got, want := cookieValues(h), []string{"x y\"", ""}; !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
+	same(t, cookieValues(h), []string{"x y\"", ""}, "cookies")
 }
 
 func TestRedactHidesThePassword(t *testing.T) {
 	for _, text := range []string{"redis://:secret@host:1", "redis://u:secret@h", "-x=redis://u:se@cret@h", "u:secret@h",
 		"invalid value \"redis://:secret@h\" for flag"} {
-		if got := redact(text); strings.Contains(got, "cret") {
-			t.Errorf("redact(%q): got %q", text, got)
-		}
+		got := redact(text)
+		expect(t, !strings.Contains(got, "cret"), "redact(%q): got %q", text, got)
 	}
 }
 
@@ -1872,12 +1848,9 @@ func TestParseRedis(t *testing.T) {
 		"redis://:12#secret@h:1": "", "redis://u:12?secret@h": "", "redis://h:99999": "", "redis://:secret@h:1:2": "", "redis://h:1/2/": "",
 	} {
 		u, err := parseRedis(text)
-		if want == "" && err == nil || want != "" && (err != nil || u.String() != want) {
-			t.Errorf("parseRedis(%q): got %v, %v, want %q", text, u, err, want)
-		}
-		if err != nil && strings.Contains(err.Error(), "secret") {
-			t.Errorf("parseRedis(%q): the error has the password: %v", text, err)
-		}
+		expect(t, (err == nil) == (want != "") && (err != nil || u.String() == want),
+			"parseRedis(%q): got %v, %v, want %q", text, u, err, want)
+		expect(t, err == nil || !strings.Contains(err.Error(), "secret"), "parseRedis(%q): the error has the password: %v", text, err)
 	}
 }
 
@@ -1894,13 +1867,10 @@ func TestOrigin(t *testing.T) {
 		"https://:443": "", "https://h:99999": "", "https://h:https": "", "http://192.168.1": "", "http://192.168.1.20.": "",
 		"http://[fe80::1%25eth0]": "", "https://a b": "", "https://a,https://b": "", "": "",
 	} {
-		cfg, err := configure([]string{"-origin", text}, func(string) string { return "" }, io.Discard)
-		if want == "" && err == nil || want != "" && (err != nil || cfg.origin != want) {
-			t.Errorf("-origin %q: got %v, %v, want %q", text, cfg, err, want)
-		}
-		if err != nil && strings.Contains(err.Error(), "secret") {
-			t.Errorf("-origin %q: the error has the password: %v", text, err)
-		}
+		cfg, err := configure([]string{"-origin", text}, environ(), io.Discard)
+		expect(t, (err == nil) == (want != "") && (err != nil || cfg.origin == want),
+			"-origin %q: got %v, %v, want %q", text, cfg, err, want)
+		expect(t, err == nil || !strings.Contains(err.Error(), "secret"), "-origin %q: the error has the password: %v", text, err)
 	}
 }
 
@@ -1912,15 +1882,11 @@ func FuzzFrame(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		text, cut := clean(s, maxMessage)
-		if !utf8.ValidString(text) || utf8.RuneCountInString(text) > maxMessage {
-			t.Fatalf("clean(%q) gave %q", s, text)
-		}
-		if again, _ := clean(text, maxMessage); again != text {
-			t.Fatalf("cleaned again, %q became %q", text, again)
-		}
-		if all, _ := clean(s, len(s)); cut != (utf8.RuneCountInString(all) > maxMessage) {
-			t.Fatalf("clean(%q) says cut: %v", s, cut)
-		}
+		require(t, utf8.ValidString(text) && utf8.RuneCountInString(text) <= maxMessage, "clean(%q) gave %q", s, text)
+		again, _ := clean(text, maxMessage)
+		require(t, again == text, "cleaned again, %q became %q", text, again)
+		all, _ := clean(s, len(s))
+		require(t, cut == (utf8.RuneCountInString(all) > maxMessage), "clean(%q) says cut: %v", s, cut)
 		checkFrame(t, entry{testID(1), "x: " + text})
 	})
 }
@@ -1933,12 +1899,9 @@ func FuzzRedisLine(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, raw string) {
 		line := fromRedis(raw)
-		if !utf8.ValidString(line) || utf8.RuneCountInString(line) > maxLine {
-			t.Fatalf("fromRedis(%q) gave %q", raw, line)
-		}
-		if stored := toRedis(line); strings.ContainsAny(stored, "\r\n") || fromRedis(stored) != line {
-			t.Fatalf("%q is stored as %q and comes back as %q", line, stored, fromRedis(stored))
-		}
+		require(t, utf8.ValidString(line) && utf8.RuneCountInString(line) <= maxLine, "fromRedis(%q) gave %q", raw, line)
+		stored := toRedis(line)
+		require(t, !strings.ContainsAny(stored, "\r\n") && fromRedis(stored) == line, "%q is stored as %q", line, stored)
 		checkFrame(t, entry{testID(1) + ".abcdefgh", line})
 	})
 }
@@ -1947,15 +1910,11 @@ func checkFrame(t *testing.T, m entry) {
 	t.Helper()
 	frame := encode(m)
 	got := slices.Collect(events(bytes.NewReader(frame)))
-	if len(got) != 2 || got[0].kind != "message" || got[0].id != m.id || got[0].data != m.line || got[1].retry != nil {
-		t.Fatalf("the frame of %q reads as %+v", m.line, got)
-	}
-	if strings.ContainsAny(string(frame), "\r\v\f\x1c\x1d\x1e\u0085\u2028\u2029") {
-		t.Fatalf("the frame of %q has more lines where bytes or text are split as Python does", m.line)
-	}
-	if len(frame) > 2*blockSize {
-		t.Fatalf("the frame of %q is %d bytes", m.line, len(frame))
-	}
+	require(t, len(got) == 2 && got[0].kind == "message" && got[0].id == m.id && got[0].data == m.line && got[1].retry == nil,
+		"the frame of %q reads as %+v", m.line, got)
+	require(t, !strings.ContainsAny(string(frame), "\r\v\f\x1c\x1d\x1e\u0085\u2028\u2029"),
+		"the frame of %q has more lines where bytes or text are split as Python does", m.line)
+	require(t, len(frame) <= 2*blockSize, "the frame of %q is %d bytes", m.line, len(frame))
 }
 
 // FuzzCookie: a value that verifies is one that was signed.
@@ -1967,12 +1926,8 @@ func FuzzCookie(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, value string) {
 		s, ok := k.verify(value, now)
-		if ok && k.sign(s) != value {
-			t.Fatalf("%q verifies as %+v", value, s)
-		}
-		if !ok && value == signed {
-			t.Fatalf("%q does not verify", value)
-		}
+		require(t, !ok || k.sign(s) == value, "%q verifies as %+v", value, s)
+		require(t, ok || value != signed, "%q does not verify", value)
 	})
 }
 
@@ -2010,9 +1965,8 @@ func (w *witness) message() event {
 	w.t.Helper()
 	for deadline := time.Now().Add(patience); ; {
 		e := w.next(time.Until(deadline))
-		if e.retry != nil || e.kind != "message" && (e.kind != "ping" || e.data != "") || !utf8.ValidString(e.data) {
-			w.t.Fatalf("a witness got %.300v, want a message", e)
-		}
+		require(w.t, e.retry == nil && (e.kind == "message" || e.kind == "ping" && e.data == "") && utf8.ValidString(e.data),
+			"a witness got %.300v, want a message", e)
 		if e.kind == "message" {
 			return e
 		}
@@ -2026,13 +1980,10 @@ func (w *witness) heard(lines ...string) {
 	const last = "the room still serves"
 	w.c.say(last)
 	for _, want := range append(slices.Clip(lines), "anonymous: "+last) {
-		if got := w.message().said(); got != want {
-			w.t.Fatalf("a witness got %.200q, want %.200q", got, want)
-		}
+		got := w.message().said()
+		require(w.t, got == want, "a witness got %.200q, want %.200q", got, want)
 	}
-	if !w.c.healthy() {
-		w.t.Error("afterwards the room is not healthy")
-	}
+	expect(w.t, w.c.healthy(), "afterwards the room is not healthy")
 }
 
 func TestRoutes(t *testing.T) {
@@ -2063,17 +2014,13 @@ func TestRoutes(t *testing.T) {
 	} {
 		for request := range strings.SplitSeq(test.requests, ", ") {
 			method, path, _ := strings.Cut(request, " ")
-			if got := test.who.do(method, path, "message=x"); got.status != test.status || got.header.Get("Location") != test.location {
-				t.Errorf("%s: %s: got %d, Location %q, want %d, %q", test.name, request, got.status, got.header.Get("Location"), test.status, test.location)
-			}
+			got := test.who.do(method, path, "message=x")
+			expect(t, got.status == test.status && got.header.Get("Location") == test.location,
+				"%s: %s: got %d, Location %q, want %d, %q", test.name, request, got.status, got.header.Get("Location"), test.status, test.location)
 		}
 	}
-	if got := stranger.get("/healthz").body; strings.TrimSpace(got) != "ok" {
-		t.Errorf("a healthy room says %q, want ok", got)
-	}
-	if got := member.get("/").body; !strings.Contains(got, "小明") {
-		t.Error("the chat page does not greet by name")
-	}
+	same(t, strings.TrimSpace(stranger.get("/healthz").body), "ok", "a healthy room says")
+	expect(t, strings.Contains(member.get("/").body, "小明"), "the chat page does not greet by name")
 }
 
 // What /metrics says is read as a Prometheus reads it; nobody but this machine gets any of it.
@@ -2084,9 +2031,7 @@ func TestMetrics(t *testing.T) {
 	numbers := func() map[string]int {
 		t.Helper()
 		got := c.get("/metrics")
-		if kind := got.header.Get("Content-Type"); kind != "text/plain; version=0.0.4; charset=utf-8" {
-			t.Errorf("Content-Type is %q", kind)
-		}
+		same(t, got.header.Get("Content-Type"), "text/plain; version=0.0.4; charset=utf-8", "Content-Type is")
 		numbers, kinds := map[string]int{}, map[string]string{}
 		help := ""
 		for line := range strings.Lines(got.body) {
@@ -2119,40 +2064,31 @@ func TestMetrics(t *testing.T) {
 	eventually(t, "one more connection", func() bool { return numbers()["chat_connections"] == before["chat_connections"]+1 })
 	after := numbers()
 	limit := after["chat_connections_limit"]
-	if after["chat_redis_joined"] != 1 || limit <= busyConns || after["chat_readers_limit"] != limit-limit/8 ||
-		before[`chat_refused_total{what="passwords"}`] != 0 || after[`chat_refused_total{what="passwords"}`] != 1 {
-		t.Errorf("before: %v\nafter:  %v", before, after)
-	}
+	expect(t, after["chat_redis_joined"] == 1 && limit > busyConns && after["chat_readers_limit"] == limit-limit/8 &&
+		before[`chat_refused_total{what="passwords"}`] == 0 && after[`chat_refused_total{what="passwords"}`] == 1,
+		"before: %v\nafter:  %v", before, after)
 	for name, want := range map[string]int{`chat_posts_total{status="204"}`: 1, `chat_posts_total{status="422"}`: 1,
 		"chat_messages_held": 1, "chat_messages_out_total": 1, "chat_redis_joins_total": 1, "chat_redis_writes_total": 0} {
-		if after[name] != want {
-			t.Errorf("%s is %d, want %d", name, after[name], want)
-		}
+		same(t, after[name], want, "%s", name)
 	}
-	if n := after["chat_bytes_out_total"]; n < 60 || n > 80 {
-		t.Errorf("one message has %d bytes", n)
-	}
+	n := after["chat_bytes_out_total"]
+	expect(t, n >= 60 && n <= 80, "one message has %d bytes", n)
 	r.kill()
 	eventually(t, "Redis to be away", func() bool { return numbers()["chat_redis_joined"] == 0 })
 	r.start()
 	eventually(t, "the list to be written back", func() bool { return numbers()["chat_redis_writes_total"] == 1 })
 
-	s := newTestServer(t, t.Logf)
+	s := newTestServer(t, &config{}, t.Logf)
 	for _, test := range []struct {
 		peer, via string
 		status    int
 	}{
-		{"127.0.0.1:4711", "", 200}, {"[::1]:4711", "", 200}, {"192.0.2.1:4711", "", 404},
-		{"127.0.0.1:4711", "127.0.0.1", 404}, {"192.0.2.1:4711", "127.0.0.1", 404},
+		{"127.0.0.1", "", 200}, {"[::1]", "", 200}, {"192.0.2.1", "", 404},
+		{"127.0.0.1", "X-Forwarded-For: 127.0.0.1", 404}, {"192.0.2.1", "X-Forwarded-For: 127.0.0.1", 404},
 	} {
-		r, w := httptest.NewRequest("GET", "/metrics", nil), httptest.NewRecorder()
-		r.RemoteAddr = test.peer
-		if test.via != "" {
-			r.Header.Set("X-Forwarded-For", test.via)
-		}
-		if s.ServeHTTP(w, r); w.Code != test.status || w.Code == 404 && strings.Contains(w.Body.String(), "chat_") {
-			t.Errorf("to %s via %q: got %d %q, want %d", test.peer, test.via, w.Code, w.Body, test.status)
-		}
+		w := s.ask("GET /metrics", "", test.peer, test.via)
+		expect(t, w.Code == test.status && (w.Code != 404 || !strings.Contains(w.Body.String(), "chat_")),
+			"to %s, %q: got %d %q, want %d", test.peer, test.via, w.Code, w.Body, test.status)
 	}
 }
 
@@ -2166,9 +2102,9 @@ func TestOtherMethods(t *testing.T) {
 	} {
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"} {
 			if !strings.Contains(allowed, method) {
-				if got := c.do(method, path, ""); got.status != 405 || got.header.Get("Allow") != allowed {
-					t.Errorf("%s %s: got %d, Allow %q, want 405, %q", method, path, got.status, got.header.Get("Allow"), allowed)
-				}
+				got := c.do(method, path, "")
+				expect(t, got.status == 405 && got.header.Get("Allow") == allowed,
+					"%s %s: got %d, Allow %q, want 405, %q", method, path, got.status, got.header.Get("Allow"), allowed)
 			}
 		}
 		if !strings.Contains(allowed, "HEAD") {
@@ -2178,9 +2114,9 @@ func TestOtherMethods(t *testing.T) {
 		conn.SetDeadline(time.Now().Add(20 * time.Second))
 		io.WriteString(conn, raw("HEAD "+path+" HTTP/1.1", "Host: chat", "Connection: close", "Cookie: "+c.session().String()))
 		got, err := io.ReadAll(conn)
-		if head, body, _ := strings.Cut(string(got), "\r\n\r\n"); err != nil || !strings.HasPrefix(head, "HTTP/1.1 200 ") || body != "" {
-			t.Errorf("HEAD %s: got %q, %v, want 200 and no body at once", path, got, err)
-		}
+		head, body, _ := strings.Cut(string(got), "\r\n\r\n")
+		expect(t, err == nil && strings.HasPrefix(head, "HTTP/1.1 200 ") && body == "",
+			"HEAD %s: got %q, %v, want 200 and no body at once", path, got, err)
 	}
 }
 
@@ -2191,9 +2127,7 @@ var linked = regexp.MustCompile(`(?:src|href)="?(/[^"\s>#?]*)`)
 func assetOf(c *client) string {
 	c.t.Helper()
 	found := regexp.MustCompile(`/assets/[^"\s>]*`).FindString(c.get("/login").body)
-	if found == "" {
-		c.t.Fatal("the login page uses no asset")
-	}
+	require(c.t, found != "", "the login page uses no asset")
 	return found
 }
 
@@ -2202,42 +2136,34 @@ func TestPages(t *testing.T) {
 	c := newClient(t, startRoom(t).url).login("小明")
 	for _, page := range []string{"/", "/login", "/lesson"} {
 		got := c.get(page)
-		if kind := got.header.Get("Content-Type"); kind != "text/html; charset=utf-8" {
-			t.Errorf("GET %s: Content-Type is %q, want text/html; charset=utf-8", page, kind)
-		}
+		same(t, got.header.Get("Content-Type"), "text/html; charset=utf-8", "GET %s: Content-Type is", page)
 		checkProtected(t, page, got)
 		for _, found := range linked.FindAllStringSubmatch(got.body, -1) {
 			linked := c.get(found[1])
-			if linked.status != 200 {
-				t.Errorf("GET %s leads to %s, which is %d", page, found[1], linked.status)
-			}
+			expect(t, linked.status == 200, "GET %s leads to %s, which is %d", page, found[1], linked.status)
 			checkProtected(t, found[1], linked)
 		}
 	}
 	checkProtected(t, "/assets/stream.js", c.get("/assets/stream.js")) // a worker obeys its own script's
 	asset := assetOf(c)
 	etag := c.get(asset).header.Get("ETag")
-	if got := c.get(asset, "If-None-Match: "+etag); etag == "" || got.status != 304 || got.body != "" {
-		t.Errorf("GET %s with its ETag %q: got %d and %d bytes, want 304 and none", asset, etag, got.status, len(got.body))
-	}
-	if got := c.get(asset, `If-None-Match: "other"`); got.status != 200 || got.body == "" {
-		t.Errorf("GET %s with another ETag: got %d and %d bytes, want it", asset, got.status, len(got.body))
-	}
+	got := c.get(asset, "If-None-Match: "+etag)
+	expect(t, etag != "" && got.status == 304 && got.body == "", "GET %s with its ETag %q: got %d %q, want 304 and nothing", asset, etag, got.status, got.body)
+	got = c.get(asset, `If-None-Match: "other"`)
+	expect(t, got.status == 200 && got.body != "", "GET %s with another ETag: got %d %q, want it", asset, got.status, got.body)
 }
 
 // checkProtected sees that an answer bounds what a browser does with it.
 func checkProtected(t *testing.T, path string, got response) {
 	t.Helper()
-	if a, b := got.header.Get("X-Content-Type-Options"), got.header.Get("Referrer-Policy"); a != "nosniff" || b != "same-origin" {
-		t.Errorf("GET %s: X-Content-Type-Options is %q and Referrer-Policy %q, want nosniff and same-origin", path, a, b)
-	}
+	a, b := got.header.Get("X-Content-Type-Options"), got.header.Get("Referrer-Policy")
+	expect(t, a == "nosniff" && b == "same-origin",
+		"GET %s: X-Content-Type-Options is %q and Referrer-Policy %q, want nosniff and same-origin", path, a, b)
 	policy := got.header.Get("Content-Security-Policy")
 	for _, want := range []string{"default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self'",
 		"connect-src 'self'", "worker-src 'self'", "form-action 'self'", "base-uri 'none'", "frame-ancestors 'none'",
 		"require-trusted-types-for 'script'"} {
-		if !strings.Contains(policy, want) {
-			t.Errorf("GET %s: the policy %q lacks %q", path, policy, want)
-		}
+		expect(t, strings.Contains(policy, want), "GET %s: the policy %q lacks %q", path, policy, want)
 	}
 }
 
@@ -2247,9 +2173,8 @@ func TestLoginForm(t *testing.T) {
 	closed := newClient(t, startRoom(t, "CHAT_PASSWORD=geheim").url)
 	for _, c := range []*client{open, closed} {
 		body := c.get("/login").body
-		if !strings.Contains(body, `name="user"`) || strings.Contains(body, `name="password"`) != (c == closed) {
-			t.Errorf("in a closed room (%v) the form is %s", c == closed, body)
-		}
+		expect(t, strings.Contains(body, `name="user"`) && strings.Contains(body, `name="password"`) == (c == closed),
+			"in a closed room (%v) the form is %s", c == closed, body)
 	}
 	for _, test := range []struct {
 		name   string
@@ -2263,7 +2188,6 @@ func TestLoginForm(t *testing.T) {
 		{"a name of markup, refused, is kept as text", open, form("user", `"><b>:`), 422, `value="&#34;&gt;&lt;b&gt;:"`},
 		{"the reason has the character", open, form("user", "Мs Wang"), 422, "U&#43;041C &#39;М&#39; cannot be used in this name."},
 		{"the next reason has its own", open, form("user", "a:b"), 422, "U&#43;003A &#39;:&#39; cannot be used in this name."},
-		{"a name of markup, refused, is kept as text", open, form("user", `"><b>:`), 422, `value="&#34;&gt;&lt;b&gt;:"`},
 		{"no name", open, "", 422, `name="user"`},
 		{"the right password", closed, form("user", "小明", "password", "geheim"), 303, ""},
 		{"a wrong password", closed, form("user", "小明", "password", "Geheim"), 403, `value="小明"`},
@@ -2271,41 +2195,29 @@ func TestLoginForm(t *testing.T) {
 		{"a bad name and the right password", closed, form("user", "a:b", "password", "geheim"), 422, `value="a:b"`},
 	} {
 		got := test.c.do("POST", "/login", test.body)
-		if got.status != test.status || !strings.Contains(got.body, test.kept) {
-			t.Errorf("%s: got %d and the form %q, want %d with %q", test.name, got.status, got.body, test.status, test.kept)
-		}
-		if cookie := got.header.Get("Set-Cookie"); (cookie != "") != (test.status == 303) {
-			t.Errorf("%s: got status %d with the cookie %q", test.name, got.status, cookie)
-		}
-		if strings.Contains(got.body, "geheim") || strings.Contains(got.body, "Geheim") {
-			t.Errorf("%s: the form repeats the password", test.name)
-		}
+		expect(t, got.status == test.status && strings.Contains(got.body, test.kept),
+			"%s: got %d and the form %q, want %d with %q", test.name, got.status, got.body, test.status, test.kept)
+		cookie := got.header.Get("Set-Cookie")
+		expect(t, (cookie != "") == (test.status == 303), "%s: got status %d with the cookie %q", test.name, got.status, cookie)
+		expect(t, !strings.Contains(got.body, "geheim") && !strings.Contains(got.body, "Geheim"), "%s: the form repeats the password", test.name)
 	}
 	markup := newClient(t, open.url).login(`"><script>x</script>`) // on a page a name is text
-	if page := markup.get("/").body; strings.Contains(page, "<script>x") || !strings.Contains(page, "&lt;script&gt;x") {
-		t.Errorf("a name of markup is not escaped in %s", page)
-	}
+	page := markup.get("/").body
+	expect(t, !strings.Contains(page, "<script>x") && strings.Contains(page, "&lt;script&gt;x"), "a name of markup is not escaped in %s", page)
 }
 
 func TestSessionCookie(t *testing.T) {
 	t.Parallel()
 	c := newClient(t, startRoom(t).url)
 	got := c.cookie("/login", form("user", "小明"))
-	if !got.HttpOnly || got.SameSite != http.SameSiteLaxMode || got.Path != "/" || got.Domain != "" || got.Secure {
-		t.Errorf("got %v, want HttpOnly, SameSite=Lax, Path=/, and neither Domain nor Secure", got)
-	}
-	if got.MaxAge != 30*24*60*60 {
-		t.Errorf("the browser keeps the cookie for %d s, want 30 days", got.MaxAge)
-	}
-	if again := c.cookie("/login", form("user", "小明")); again.Value == got.Value {
-		t.Error("two sessions have one cookie")
-	}
-	if !c.cookie("/login", form("user", "小明"), "X-Forwarded-Proto: https").Secure {
-		t.Error("behind TLS the cookie is not Secure")
-	}
-	if gone := c.cookie("/logout", ""); gone.Name != got.Name || gone.MaxAge >= 0 {
-		t.Errorf("logging out sets %v, want %s gone", gone, got.Name)
-	}
+	expect(t, got.HttpOnly && got.SameSite == http.SameSiteLaxMode && got.Path == "/" && got.Domain == "" && !got.Secure,
+		"got %v, want HttpOnly, SameSite=Lax, Path=/, and neither Domain nor Secure", got)
+	same(t, got.MaxAge, 30*24*60*60, "the browser keeps the cookie for")
+	again := c.cookie("/login", form("user", "小明"))
+	expect(t, again.Value != got.Value, "two sessions have one cookie")
+	expect(t, c.cookie("/login", form("user", "小明"), "X-Forwarded-Proto: https").Secure, "behind TLS the cookie is not Secure")
+	gone := c.cookie("/logout", "")
+	expect(t, gone.Name == got.Name && gone.MaxAge < 0, "logging out sets %v, want %s gone", gone, got.Name)
 }
 
 func TestWhatEndsSessions(t *testing.T) {
@@ -2321,9 +2233,7 @@ func TestWhatEndsSessions(t *testing.T) {
 		{"a restart without a key", nil, 401},
 		{"a password is set", []string{"CHAT_KEY=one key", "CHAT_PASSWORD=geheim"}, 401},
 	} {
-		if got := member.at(startRoom(t, test.env...).url).post("hello"); got != test.want {
-			t.Errorf("%s: got %d, want %d", test.name, got, test.want)
-		}
+		same(t, member.at(startRoom(t, test.env...).url).post("hello"), test.want, "%s", test.name)
 	}
 }
 
@@ -2359,12 +2269,8 @@ func TestBadCookies(t *testing.T) {
 	slices.Sort(values)
 	stranger := newClient(t, w.c.url)
 	for _, value := range slices.Compact(values) {
-		if got := stranger.post("forged", "Cookie: "+bad(value)); got != 401 {
-			t.Errorf("the cookie %.300q instead of %q: got %d, want 401", value, good.Value, got)
-		}
-		if got := stranger.get("/", "Cookie: "+bad(value)).status; got != 303 {
-			t.Errorf("the page with the cookie %.300q: got %d, want 303", value, got)
-		}
+		same(t, stranger.post("forged", "Cookie: "+bad(value)), 401, "the cookie %.300q instead of %q", value, good.Value)
+		same(t, stranger.get("/", "Cookie: "+bad(value)).status, 303, "the page with the cookie %.300q", value)
 	}
 	c.do("POST", "/logout", "")
 	c.say("logged out")
@@ -2385,9 +2291,7 @@ func TestBadCookies(t *testing.T) {
 		{"a name that only begins like ours is not ours", good.Name + "x=" + good.Value, 204, "anonymous"},
 		{"a cookie that is nonsense is not ours", `;;; =; "; \`, 204, "anonymous"},
 	} {
-		if got := stranger.post(test.name, "Cookie: "+test.cookie); got != test.status {
-			t.Errorf("cookies: %s: got %d, want %d", test.name, got, test.status)
-		}
+		same(t, stranger.post(test.name, "Cookie: "+test.cookie), test.status, "cookies: %s", test.name)
 		if test.as != "" {
 			said = append(said, test.as+": "+test.name)
 		}
@@ -2432,12 +2336,10 @@ func TestPostChecksInOrder(t *testing.T) {
 		{"too fast", fast, "POST", "message=more", nil, 429},
 	} {
 		got := test.who.do(test.method, "/post", test.body, test.headers...)
-		if id := got.header.Get("Message-Id"); got.status != test.status || (id != "") != (test.status == 204) {
-			t.Errorf("%s: got %d, Message-Id %q, want %d", test.name, got.status, id, test.status)
-		}
-		if got.retryAfter() != (test.status == 429) {
-			t.Errorf("%s: got %d with Retry-After %q", test.name, got.status, got.header.Get("Retry-After"))
-		}
+		id := got.header.Get("Message-Id")
+		expect(t, got.status == test.status && (id != "") == (test.status == 204),
+			"%s: got %d, Message-Id %q, want %d", test.name, got.status, id, test.status)
+		expect(t, got.retryAfter() == (test.status == 429), "%s: got %d with Retry-After %q", test.name, got.status, got.header.Get("Retry-After"))
 	}
 	w.heard(said...)
 }
@@ -2510,25 +2412,20 @@ func TestKeys(t *testing.T) {
 	k := strings.Repeat("k", 64)
 	for _, bad := range []string{"", k[:15], k + "k", strings.Repeat(k, 80), "kkkkkkkk kkkkkkkk", "kkkkkkkk\tkkkkkkkk", unknownID, keyA + ".abcdefgh",
 		`"8e03978e-40d5-43dd-bc93-6894a57f9324"`, keyA + "," + keyB, "kkkkkkkk/kkkkkkkk", "ключключключключ", "٠١٢٣٤٥٦٧٠١٢٣٤٥٦٧", keyA + "\xff"} {
-		if got := c.postKey(bad, "bad"); got != 400 {
-			t.Errorf("the key %.99q: got %d, want 400", bad, got)
-		}
+		same(t, c.postKey(bad, "bad"), 400, "the key %.99q", bad)
 	}
 	for _, good := range []string{k[:16], k, "ABCXYZabcxyz0189_-", "abcxyzabcxyz0189_-"} { // in small letters it is another
 		id := c.sayAs(good, good)
-		if again := w.c.sayAs(good, "another text by another person"); again != id || !anyID.MatchString(id) {
-			t.Errorf("the message has the id %q, and posted again %q", id, again)
-		}
-		if e := w.message(); e.id != id || e.said() != "小明: "+good {
-			t.Errorf("got %v, want the first message, under the id %s", e, id)
-		}
+		again := w.c.sayAs(good, "another text by another person")
+		expect(t, again == id && anyID.MatchString(id), "the message has the id %q, and posted again %q", id, again)
+		e := w.message()
+		expect(t, e.id == id && e.said() == "小明: "+good, "got %v, want the first message, under the id %s", e, id)
 	}
 	together(20, func(int) { c.sayAs(keyA, "pressed twenty times") })
 	drawn := c.do("POST", "/post", "message=without+a+key").header.Get("Message-Id")
 	w.hears("小明: pressed twenty times")
-	if e := w.message(); !drawnID.MatchString(drawn) || e.id != drawn || e.said() != "小明: without a key" {
-		t.Errorf("got %v, want the second message under the drawn id %q", e, drawn)
-	}
+	e := w.message()
+	expect(t, drawnID.MatchString(drawn) && e.id == drawn && e.said() == "小明: without a key", "got %v, want the second message under the drawn id %q", e, drawn)
 	w.heard()
 }
 
@@ -2539,14 +2436,12 @@ func TestNames(t *testing.T) {
 	var said []string
 	try := func(user, shown, reason string) {
 		t.Helper()
-		if name, why := cleanName(user); name != shown || why != reason {
-			t.Errorf("the name %+.40q: got %q, %q, want %q, %q", user, name, why, shown, reason)
-		}
+		name, why := cleanName(user)
+		expect(t, name == shown && why == reason, "the name %+.40q: got %q, %q, want %q, %q", user, name, why, shown, reason)
 		c := newClient(t, w.c.url)
 		got := c.do("POST", "/login", form("user", user))
-		if want := map[bool]int{false: 303, true: 422}[shown == ""]; got.status != want {
-			t.Fatalf("the name %+.40q: got %d, want %d", user, got.status, want)
-		}
+		want := map[bool]int{false: 303, true: 422}[shown == ""]
+		require(t, got.status == want, "the name %+.40q: got %d, want %d", user, got.status, want)
 		if cookie := got.header.Get("Set-Cookie"); strings.ContainsFunc(cookie, func(r rune) bool { return r > '~' }) || (cookie == "") != (shown == "") {
 			t.Errorf("the name %+.40q: got %d with the cookie %q", user, got.status, cookie)
 		}
@@ -2592,9 +2487,9 @@ func TestBadRequests(t *testing.T) {
 	w := newWitness(t, room.url)
 	try := func(status int, location, request string) {
 		t.Helper()
-		if got := rawRequest(t, room.url, request); got.status != status || got.header.Get("Location") != location {
-			t.Errorf("%.80q: got %d, Location %q, want %d, %q", request, got.status, got.header.Get("Location"), status, location)
-		}
+		got := rawRequest(t, room.url, request)
+		expect(t, got.status == status && got.header.Get("Location") == location,
+			"%.80q: got %d, Location %q, want %d, %q", request, got.status, got.header.Get("Location"), status, location)
 	}
 	pad := strings.Repeat("x", 15<<10)
 	for target, status := range map[string]int{
@@ -2666,9 +2561,8 @@ func TestUnfinishedRequests(t *testing.T) {
 				conn.CloseWrite()
 				got, _ := io.ReadAll(conn)
 				refused := strings.HasSuffix(string(got), "\r\n\r\nthe form did not arrive whole\n")
-				if strings.Contains(string(got), " 204 ") || strings.Contains(request, "\r\n\r\n") && !refused {
-					t.Errorf("%s and then an end: got %q", name, got)
-				}
+				expect(t, !strings.Contains(string(got), " 204 ") && (!strings.Contains(request, "\r\n\r\n") || refused),
+					"%s and then an end: got %q", name, got)
 			},
 			func(conn *net.TCPConn) { conn.SetLinger(0); conn.Close() },
 		} {
@@ -2713,9 +2607,8 @@ func TestOrigins(t *testing.T) {
 					want = 403
 				}
 				got := w.c.do("POST", request.path, request.body, headers...)
-				if got.status != want || strings.Contains(got.body, "-origin") != (want == 403) {
-					t.Errorf("POST %s with %q: got %d %q, want %d, and if it is refused a hint at -origin", request.path, headers, got.status, got.body, want)
-				}
+				expect(t, got.status == want && strings.Contains(got.body, "-origin") == (want == 403),
+					"POST %s with %q: got %d %q, want %d, and if it is refused a hint at -origin", request.path, headers, got.status, got.body, want)
 			}
 			if ours {
 				said = append(said, "anonymous: from here")
@@ -2723,9 +2616,8 @@ func TestOrigins(t *testing.T) {
 			if got := trusting.post("x", headers...); byOrigin == "trusted" && got != 204 || byOrigin == "theirs" && bySite != "ours" && got != 403 {
 				t.Errorf("posting with %q where -origin is %s and %s: got %d", headers, trusted, another, got)
 			}
-			if got := w.c.get("/stream?wait=0", headers...); got.status != 200 || got.header.Get("Access-Control-Allow-Origin") != "" {
-				t.Errorf("GET /stream with %q: got %d, Access-Control-Allow-Origin %q, want 200 and none", headers, got.status, got.header.Get("Access-Control-Allow-Origin"))
-			}
+			got := w.c.get("/stream?wait=0", headers...)
+			expect(t, got.status == 200 && got.header.Get("Access-Control-Allow-Origin") == "", "GET /stream with %q: got %d with %v", headers, got.status, got.header)
 		}
 	}
 	w.heard(said...)
@@ -2739,9 +2631,7 @@ func TestMessageFrame(t *testing.T) {
 	got := c.get("/stream?wait=0")
 	frame := regexp.MustCompile(`^retry: 2000\nid: ` + id + `\ndata: \[(\d\d:\d\d:\d\d)\] 小明: one\ndata: two\ndata: \ndata:  event: gap\ndata: id: 0\n\n`)
 	found := frame.FindStringSubmatch(got.body)
-	if found == nil {
-		t.Fatalf("got %q, want retry in the block of the message, its id, and a data line for each line", got.body)
-	}
+	require(t, found != nil, "got %q, want retry in the block of the message, its id, and a data line for each line", got.body)
 	for now := before; found[1] != now.Format(time.TimeOnly); now = now.Add(time.Second) {
 		if now.After(time.Now()) {
 			t.Errorf("the message is of %s, want %s", found[1], before.Format(time.TimeOnly))
@@ -2754,9 +2644,9 @@ func TestMessageFrame(t *testing.T) {
 		"Cache-Control":          "no-store, no-transform",
 		"X-Accel-Buffering":      "no",
 	} {
-		if live := c.stream("", "").header.Get(name); got.header.Get(name) != want || live != want {
-			t.Errorf("%s: got %q polling and %q streaming, want %q", name, got.header.Get(name), live, want)
-		}
+		live := c.stream("", "").header.Get(name)
+		expect(t, got.header.Get(name) == want && live == want,
+			"%s: got %q polling and %q streaming, want %q", name, got.header.Get(name), live, want)
 	}
 }
 
@@ -2764,15 +2654,12 @@ func TestMessageFrame(t *testing.T) {
 func TestResume(t *testing.T) {
 	t.Parallel()
 	c := newClient(t, startRoom(t, "-history", "2").url)
-	if e := c.stream("", "").next(patience); e.kind != "ping" || e.id != "0" || e.data != "" {
-		t.Errorf("an empty room starts with %v, want a ping of id 0", e)
-	}
+	same(t, c.stream("", "").next(patience).in(), "ping 0: ", "an empty room starts with")
 	waiting := c.stream("wait=25s", "0")
 	waiting.until("ping")
 	a, b, d := c.sayAs(keyA, "1"), c.sayAs(keyB, "2"), c.sayAs(keyA+"3", "3")
-	if got := tell(waiting.until("end")); got[0] != "1" || got[len(got)-2] != "(ping)" {
-		t.Errorf("a long poll that waited gets %q, want the first message and a ping", got)
-	}
+	got := tell(waiting.until("end"))
+	expect(t, got[0] == "1" && got[len(got)-2] == "(ping)", "a long poll that waited gets %q, want the first message and a ping", got)
 	retries := map[string]map[int]bool{"": {}, "wait=0": {}, "wait=25s": {}}
 	try := func(query, header, want string) {
 		t.Helper()
@@ -2786,12 +2673,11 @@ func TestResume(t *testing.T) {
 			}
 			s := c.stream(strings.Trim(way+"&"+query, "&"), header)
 			all := s.until(last)
-			if got := strings.TrimSuffix(strings.Join(tell(all), " "), " (end)"); s.status != 200 || got != want {
-				t.Errorf("/stream?%.99s with %s after %.99q: got %d, %q, want %q", query, way, header, s.status, got, want)
-			}
-			if ping := all[slices.IndexFunc(all, func(e event) bool { return e.kind == "ping" })]; ping.id != d {
-				t.Errorf("/stream?%.99s with %s after %.99q: the ping has the id %q, want %q", query, way, header, ping.id, d)
-			}
+			got := strings.TrimSuffix(strings.Join(tell(all), " "), " (end)")
+			expect(t, s.status == 200 && got == want,
+				"/stream?%.99s with %s after %.99q: got %d, %q, want %q", query, way, header, s.status, got, want)
+			same(t, all[slices.IndexFunc(all, func(e event) bool { return e.kind == "ping" })].id, d,
+				"/stream?%.99s with %s after %.99q: the ping has the id", query, way, header)
 			if s.close(); len(all[0].retry) == 1 {
 				seen[all[0].retry[0]] = true
 			}
@@ -2818,26 +2704,21 @@ func TestResume(t *testing.T) {
 	}
 	for way, want := range map[string][3]int{"": {1000, 4000, 20}, "wait=0": {2000, 2000, 1}, "wait=25s": {200, 400, 15}} {
 		seen := slices.Sorted(maps.Keys(retries[way]))
-		if len(seen) < want[2] || seen[0] < want[0] || seen[len(seen)-1] > want[1] {
-			t.Errorf("/stream?%s: readers come back after %d ms, want %d to %d, each for itself", way, seen, want[0], want[1])
-		}
+		expect(t, len(seen) >= want[2] && seen[0] >= want[0] && seen[len(seen)-1] <= want[1],
+			"/stream?%s: readers come back after %d ms, want %d to %d, each for itself", way, seen, want[0], want[1])
 	}
 	if got := c.get("/stream?wait=0", "Last-Event-ID: "+a, "Last-Event-ID: "+b); got.status != 200 || !strings.Contains(got.body, "event: ping") {
 		t.Errorf("two headers: got %d, %q, want a whole answer", got.status, got.body)
 	}
 	none := newClient(t, startRoom(t, "-history", "0").url)
 	id := none.sayAs(keyA, "one")
-	if e := none.stream("", "").next(patience); e.kind != "ping" || e.id != id {
-		t.Errorf("without history a newcomer gets %v, want a ping of the id %s", e, id)
-	}
+	same(t, none.stream("", "").next(patience).in(), "ping "+id+": ", "a newcomer without history gets")
 	for query, want := range map[string]int{
 		"wait=0": 200, "wait=0s": 200, "wait=1ms": 200, "wait=0.01s": 200, "wait=1h": 200, "wait=2000000h": 200,
 		"wait=": 400, "wait=-1s": 400, "wait=-1ns": 400, "wait=5": 400, "wait=soon": 400, "wait=1e3s": 400,
 		"wait=99999999999999999999h": 400, "wait=NaN": 400, "wait=%00": 400, "after=%zz": 400,
 	} {
-		if got := c.stream(query, "").status; got != want {
-			t.Errorf("/stream?%s: got %d, want %d", query, got, want)
-		}
+		same(t, c.stream(query, "").status, want, "/stream?%s", query)
 	}
 }
 
@@ -2848,9 +2729,9 @@ func TestNewest4096(t *testing.T) {
 	c := newClient(t, startRoom(t).url)
 	first, second := c.sayAs(keyA, "the first"), c.sayAs(keyB, "the second")
 	c.sayMany(4095, "")
-	if got := heard(c.poll(second)); c.sayAs(keyB, "again") != second || len(got) != 4095 {
-		t.Errorf("behind the oldest of 4096 messages came %d, want 4095, and it is known", len(got))
-	}
+	got := heard(c.poll(second))
+	expect(t, c.sayAs(keyB, "again") == second && len(got) == 4095,
+		"behind the oldest of 4096 messages came %d, want 4095, and it is known", len(got))
 	moved := c.sayAs(keyA, "a forgotten key")
 	for _, cursor := range []string{first, "0"} {
 		if got := heard(c.poll(cursor)); moved == first || len(got) != 201 || got[0] != "(gap)" || got[200] != "a forgotten key" {
@@ -2867,9 +2748,8 @@ func TestSleepersPlace(t *testing.T) {
 	place := c.sayAs(keyA, "good night")
 	r.announce(4207)
 	c.say("dawn")
-	if moved := c.sayAs(keyA, "good morning"); moved == place {
-		t.Errorf("the key that is forgotten has the id %s again", moved)
-	}
+	moved := c.sayAs(keyA, "good morning")
+	expect(t, moved != place, "the key that is forgotten has the id %s again", moved)
 	if got := c.stream("", place).upTo("good morning"); len(got) != 201 || got[0] != "(gap)" {
 		t.Errorf("a sleeper gets %d lines, %q first, want a gap and what a newcomer gets", len(got), got[0])
 	}
@@ -2887,24 +2767,17 @@ func TestShutdown(t *testing.T) {
 		s.until("ping")
 		open = append(open, s)
 	}
-	if err := r.stop(); err != nil {
-		t.Errorf("with 200 streams open it ended with %v, want nil", err)
-	}
+	same(t, r.stop(), nil, "with 200 streams open it ended with")
 	seen := map[int]bool{}
 	for _, s := range open {
 		last := s.until("end")
-		if len(last) < 2 {
-			t.Fatalf("a stream ended with %v, want a ping before", last)
-		}
+		require(t, len(last) >= 2, "a stream ended with %v, want a ping before", last)
 		e := last[len(last)-2] // in the block of an event, or some clients would take it for a message
-		if e.kind != "ping" || e.id != id || len(e.retry) != 1 || e.retry[0] < 1000 || e.retry[0] > 4000 {
-			t.Fatalf("a stream ended with %v, want a ping of %s with a retry of 1000 to 4000", last, id)
-		}
+		require(t, e.kind == "ping" && e.id == id && len(e.retry) == 1 && e.retry[0] >= 1000 && e.retry[0] <= 4000,
+			"a stream ended with %v, want a ping of %s with a retry of 1000 to 4000", last, id)
 		seen[e.retry[0]] = true
 	}
-	if len(seen) < 50 {
-		t.Errorf("200 readers come back at %d different times", len(seen))
-	}
+	expect(t, len(seen) >= 50, "200 readers come back at %d different times", len(seen))
 }
 
 // TestSignals: neither a stream nor a request that is not all there holds up the end. Who does not want
@@ -2921,9 +2794,9 @@ func TestSignals(t *testing.T) {
 		halfPost(t, p.url, "message=x")
 		start := time.Now()
 		p.signal(name)
-		if err := p.wait(patience); err != nil || time.Since(start) > 10*time.Second {
-			t.Errorf("SIG%s with requests open: %v after %v, want exit status 0 at once", name, err, time.Since(start))
-		}
+		err := p.wait(patience)
+		expect(t, err == nil && time.Since(start) <= 10*time.Second,
+			"SIG%s with requests open: %v after %v, want exit status 0 at once", name, err, time.Since(start))
 		s.until("end")
 	}
 	eventually(t, "it to end by a second signal", func() bool {
@@ -2949,9 +2822,8 @@ func halfPost(t testing.TB, url, body string) (net.Conn, *bufio.Reader) {
 	conn.SetDeadline(time.Now().Add(patience))
 	io.WriteString(conn, rawPost("", fmt.Sprint("Content-Length: ", len(body)), "Expect: 100-continue"))
 	in := bufio.NewReader(conn)
-	if resp, err := http.ReadResponse(in, nil); err != nil || resp.StatusCode != http.StatusContinue {
-		t.Fatalf("half a post is answered %v, %v, want to be continued", resp, err)
-	}
+	resp, err := http.ReadResponse(in, nil)
+	require(t, err == nil && resp.StatusCode == http.StatusContinue, "half a post is answered %v, %v, want to be continued", resp, err)
 	return conn, in
 }
 
@@ -2962,9 +2834,8 @@ func TestRate(t *testing.T) {
 	w := newWitness(t, startRoom(t, "-rate", "5").url)
 	fast, calm := newClient(t, w.c.url).login("fast"), newClient(t, w.c.url).login("calm")
 	for range 30 {
-		if got := fast.post(" "); got != 422 {
-			t.Fatalf("a blank message: got %d, want 422", got)
-		}
+		got := fast.post(" ")
+		require(t, got == 422, "a blank message: got %d, want 422", got)
 	}
 	var accepted atomic.Int64
 	start := time.Now()
@@ -2977,9 +2848,8 @@ func TestRate(t *testing.T) {
 			t.Errorf("one of 200 at once: got %d with Retry-After %q, want 204, or 429 with one", got.status, got.header.Get("Retry-After"))
 		}
 	})
-	if most := 11 + int64(5*time.Since(start).Seconds()); accepted.Load() < 10 || accepted.Load() > most {
-		t.Errorf("%d messages passed, want 10 to %d", accepted.Load(), most)
-	}
+	most := 11 + int64(5*time.Since(start).Seconds())
+	expect(t, accepted.Load() >= 10 && accepted.Load() <= most, "%d messages passed, want 10 to %d", accepted.Load(), most)
 	calm.say("four")
 	var got []string
 	for line := ""; line != "calm: four"; {
@@ -2987,9 +2857,7 @@ func TestRate(t *testing.T) {
 			got = append(got, line)
 		}
 	}
-	if want := []string{"calm: one", "calm: two", "calm: three", "calm: four"}; !slices.Equal(got, want) {
-		t.Errorf("of the other sender came %q, want %q", got, want)
-	}
+	same(t, got, []string{"calm: one", "calm: two", "calm: three", "calm: four"}, "of the other sender came")
 	eventually(t, "the rate to let the sender in again", func() bool { return fast.post("again") == 204 })
 }
 
@@ -2997,18 +2865,11 @@ func TestRate(t *testing.T) {
 func TestFloodInTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var logged output
-		s, err := newServer(&config{rate: 5, password: "geheim"},
+		s := newTestServer(t, &config{rate: 5, password: "geheim"},
 			func(format string, args ...any) { fmt.Fprintf(&logged, format+"\n", args...) })
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer s.room.log.close()
 		logins := func(n int, from, password string) {
 			for range n {
-				r := httptest.NewRequest("POST", "/login", strings.NewReader(form("user", "小明", "password", password)))
-				r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-				r.RemoteAddr = from + ":4711"
-				s.ServeHTTP(httptest.NewRecorder(), r)
+				s.ask("POST /login", form("user", "小明", "password", password), from)
 			}
 		}
 		want := ""
@@ -3016,9 +2877,8 @@ func TestFloodInTheLog(t *testing.T) {
 			t.Helper()
 			time.Sleep(d)
 			synctest.Wait()
-			if want += line; logged.String() != want {
-				t.Fatalf("the log has %q, want %q", logged.String(), want)
-			}
+			want += line
+			require(t, logged.String() == want, "the log has %q, want %q", logged.String(), want)
 		}
 		logins(guessBurst, "192.0.2.1", "wrong")
 		logins(loginBurst, "192.0.2.9", "geheim")
@@ -3031,9 +2891,7 @@ func TestFloodInTheLog(t *testing.T) {
 		after(3*floodPause, "")
 		logins(guessBurst+1, "192.0.2.1", "wrong")
 		after(floodPause, "refused in the last minute: 1 passwords (most from 192.0.2.1)\n")
-		if got := fmt.Sprint(s.tally.totals()); got != "map[204:0] map[logins:7 passwords:9 posts:0]" {
-			t.Errorf("in all it counts %s", got)
-		}
+		same(t, fmt.Sprint(s.tally.totals()), "map[204:0] map[logins:7 passwords:9 posts:0]", "in all it counts")
 	})
 }
 
@@ -3042,12 +2900,7 @@ func TestFloodInTheLog(t *testing.T) {
 func TestLimits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		limited := func(rate float64, password string) *server {
-			s, err := newServer(&config{rate: rate, password: password}, t.Logf)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(s.room.log.close)
-			return s
+			return newTestServer(t, &config{rate: rate, password: password}, t.Logf)
 		}
 		closed, open, free := limited(5, "geheim"), limited(5, ""), limited(0, "geheim")
 		const wrong, right, message = "user=x&password=wrong", "user=x&password=geheim", "message=x"
@@ -3075,19 +2928,14 @@ func TestLimits(t *testing.T) {
 				time.Sleep(time.Duration(i) * time.Second)
 				passed := 0
 				for range 600 {
-					r, w := httptest.NewRequest("POST", test.path, strings.NewReader(test.body)), httptest.NewRecorder()
-					r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-					r.Header.Set("X-Forwarded-For", test.from)
-					r.RemoteAddr = "127.0.0.1:4711"
-					if test.s.ServeHTTP(w, r); w.Code == test.want {
+					w := test.s.ask("POST "+test.path, test.body, "127.0.0.1", "X-Forwarded-For: "+test.from)
+					if w.Code == test.want {
 						passed++
 					} else if w.Code != 429 || !onlySeconds.MatchString(w.Header().Get("Retry-After")) {
 						t.Fatalf("%s: got %d with Retry-After %q, want %d, or 429 with one", test.name, w.Code, w.Header().Get("Retry-After"), test.want)
 					}
 				}
-				if passed != most {
-					t.Errorf("%s: %d were answered %d, the others 429; want %d", test.name, passed, test.want, most)
-				}
+				expect(t, passed == most, "%s: %d were answered %d, the others 429; want %d", test.name, passed, test.want, most)
 			}
 		}
 
@@ -3111,19 +2959,13 @@ func TestLimits(t *testing.T) {
 				t.Errorf("refused because %q", said)
 			}
 		}
-		if passed != 500 {
-			t.Errorf("a hundred sessions of one address posted %d messages, want 500", passed)
-		}
+		same(t, passed, 500, "a hundred sessions of one address posted")
 		for range 20 {
 			post("refused", "192.0.2.8")
 		}
-		if passed := burst("refused", "192.0.2.9"); passed != 10 {
-			t.Errorf("who was refused for its address posts %d messages from another one, want 10", passed)
-		}
+		same(t, burst("refused", "192.0.2.9"), 10, "who was refused for its address posts")
 		time.Sleep(time.Second)
-		if passed := burst("new N", "192.0.2.8"); passed != 50 {
-			t.Errorf("a second later that address posted %d messages, want 50", passed)
-		}
+		same(t, burst("new N", "192.0.2.8"), 50, "a second later that address posted")
 	})
 }
 
@@ -3132,7 +2974,7 @@ func TestLimits(t *testing.T) {
 func TestLogOfPanics(t *testing.T) {
 	t.Parallel()
 	var logged output
-	s := newTestServer(t, func(format string, args ...any) { fmt.Fprintf(&logged, format, args...) })
+	s := newTestServer(t, &config{}, func(format string, args ...any) { fmt.Fprintf(&logged, format, args...) })
 	s.mux.HandleFunc("GET /panic", func(http.ResponseWriter, *http.Request) { panic("out of order") })
 	front := httptest.NewUnstartedServer(nil)
 	front.Config = s.httpServer(t.Context())
@@ -3140,14 +2982,12 @@ func TestLogOfPanics(t *testing.T) {
 	for _, garbage := range []string{rawGet("/healthz"), "\x00\x01\x02\x03 is no TLS\n"} {
 		rawRequest(t, front.Listener.Addr().String(), garbage)
 	}
-	if _, err := front.Client().Get(front.URL + "/panic"); err == nil {
-		t.Error("a handler that panics gives an answer")
-	}
+	_, err := front.Client().Get(front.URL + "/panic")
+	expect(t, err != nil, "a handler that panics gives an answer")
 	front.Close()
-	if got := logged.String(); strings.Count(got, "http: panic serving") != 1 || !strings.HasPrefix(got, "http: panic") ||
-		!strings.Contains(got, "out of order\ngoroutine ") || strings.Contains(got, "TLS") {
-		t.Errorf("of a panic it logged %q, want what and where, and nothing else", got)
-	}
+	got := logged.String()
+	expect(t, strings.Count(got, "http: panic serving") == 1 && strings.HasPrefix(got, "http: panic") && strings.Contains(got, "out of order\ngoroutine ") && !strings.Contains(got, "TLS"),
+		"of a panic it logged %q, want what and where, and nothing else", got)
 }
 
 // ---- redis ----
@@ -3173,9 +3013,7 @@ func TestTwoProcesses(t *testing.T) {
 	var ids []string
 	for range 41 {
 		a, b, c := atOne.message(), atTwo.message(), atThree.message()
-		if a.id != b.id || a.data != b.data || a.id != c.id || a.data != c.data {
-			t.Fatalf("the processes differ: %v, %v, the late one %v", a, b, c)
-		}
+		require(t, a.id == b.id && a.data == b.data && a.id == c.id && a.data == c.data, "the processes differ: %v, %v, the late one %v", a, b, c)
 		ids = append(ids, a.id)
 	}
 	one.say("last")
@@ -3183,9 +3021,8 @@ func TestTwoProcesses(t *testing.T) {
 		open.hears("小明: last") // so every process has it
 	}
 	for i, c := range []*client{one, two, three} {
-		if got := c.poll(ids[30]); got[0].id != ids[31] || len(heard(got)) != 11 {
-			t.Errorf("resuming at process %d: got %q, want the 11 messages after %s", i, tell(got), ids[30])
-		}
+		got := c.poll(ids[30])
+		expect(t, got[0].id == ids[31] && len(heard(got)) == 11, "resuming at process %d: got %q, want the 11 messages after %s", i, tell(got), ids[30])
 	}
 }
 
@@ -3199,38 +3036,29 @@ func TestRedisLayout(t *testing.T) {
 	var list []string
 	for key, text := range map[string]string{keyA: "你好", keyB: "one\ntwo", keyA + "-long": long} {
 		id := c.sayAs(key, text)
-		if got := next(t, published); got != "chat:id "+id {
-			t.Errorf("before the line came %q, want the id %s", got, id)
-		}
+		got := next(t, published)
+		expect(t, got == "chat:id "+id, "before the line came %q, want the id %s", got, id)
 		line, ok := strings.CutPrefix(next(t, published), "chat ")
-		if !ok || !clockTime.MatchString(line) || (event{data: line}).said() != name+": "+strings.ReplaceAll(text, "\n", "\u2028") {
-			t.Errorf("of %.20q came the line %.99q, want time, name and text, and of a line break U+2028", text, line)
-		}
+		expect(t, ok && clockTime.MatchString(line) && (event{data: line}).said() == name+": "+strings.ReplaceAll(text, "\n", "\u2028"),
+			"of %.20q came the line %.99q, want time, name and text, and of a line break U+2028", text, line)
 		list = append(list, id+" "+line)
 	}
 	c.sayAs(keyA, "again")
 	c.post("")
 	r.do("PUBLISH", "chat", "foreign")
-	if got := next(t, published); got != "chat foreign" {
-		t.Errorf("then came %.99q, want nothing of what is no message", got)
-	}
-	if got := r.history(); !slices.Equal(got, list) {
-		t.Errorf("chat:history holds %.200q, want id, space and line of each", got)
-	}
+	same(t, next(t, published), "chat foreign", "then came")
+	same(t, r.history(), list, "chat:history holds")
 	eventually(t, "the foreign line to come", func() bool { return slices.Contains(c.newcomer(), "foreign") })
 	want := c.newcomer()
 	if got := newClient(t, r.room().url).newcomer(); !slices.Contains(got, long) || !slices.Equal(append(got, "foreign"), want) {
 		t.Errorf("a room that starts has %d messages, and the first one %d, want the same but for the foreign line", len(got), len(want))
 	}
-	if key := r.get("chat:key"); len(key) < 32 {
-		t.Errorf("chat:key holds %d bytes, want a key", len(key))
-	}
+	expect(t, len(r.get("chat:key")) >= 32, "chat:key holds %q, want a key", r.get("chat:key"))
 
 	class := newClient(t, r.room("-channel", "class").url) // another room
 	class.say("here")
-	if got := class.newcomer(); !slices.Equal(got, []string{"here"}) || len(r.history()) != len(list) {
-		t.Errorf("the room of -channel class holds %q, and the other one now %d messages", got, len(r.history()))
-	}
+	same(t, class.newcomer(), []string{"here"}, "the room of -channel class holds")
+	same(t, len(r.history()), len(list), "messages of the other one")
 	for _, name := range []string{"class:history", "class:key"} {
 		eventually(t, name+" to be kept for 30 days", func() bool {
 			seconds, _ := redis.Int(r.do("TTL", name), nil)
@@ -3245,12 +3073,10 @@ func TestListIsTrimmed(t *testing.T) {
 	r.fill(4700, "")
 	c := newClient(t, r.room("-history", "4096").url)
 	c.say("one more")
-	if got := r.texts(); len(got) != 4608 || got[4606] != "4700" {
-		t.Errorf("the list holds %d items, the last but one %q, want 4608 and the newest", len(got), got[len(got)-2])
-	}
-	if got := c.newcomer(); len(got) != 4096 || got[0] != "606" || got[4095] != "one more" {
-		t.Errorf("a newcomer gets %d messages, %q to %q, want 4096 up to the newest", len(got), got[0], got[len(got)-1])
-	}
+	got := r.texts()
+	expect(t, len(got) == 4608 && got[4606] == "4700", "the list holds %d items, want 4608 and the newest", len(got))
+	got = c.newcomer()
+	expect(t, len(got) == 4096 && got[0] == "606" && got[4095] == "one more", "a newcomer gets %d messages, want 4096 up to the newest", len(got))
 }
 
 // A Redis that forgets while nobody posts gets the history back, so that it does not end with the
@@ -3262,9 +3088,8 @@ func TestForgottenWhileQuiet(t *testing.T) {
 	before := r.history()
 	r.do("FLUSHALL")
 	eventually(t, "the list to be back", func() bool { return len(r.history()) > 0 })
-	if got := r.history(); len(got) != 4 || !slices.Equal(got[:3], before) || r.texts()[3] != "(gap)" {
-		t.Errorf("the list is %q, want %q and a gap", got, before)
-	}
+	got := r.history()
+	expect(t, len(got) == 4 && slices.Equal(got[:3], before) && r.texts()[3] == "(gap)", "the list is %q, want %q and a gap", got, before)
 }
 
 // What is written back is the log as TestReconcile has it, without foreign lines and with a gap at its
@@ -3291,9 +3116,8 @@ func TestWrittenBack(t *testing.T) {
 		l := newLog(4, 4)
 		l.rebuild(entries(test.mine), false)
 		log, items := newFeed(l, "chat").merge(entries(test.list))
-		if a, b := strings.Join(lines(log), " "), strings.Join(lines(items), " "); a != test.log || b != test.items {
-			t.Errorf("%s: got the log %q and the list %q, want %q and %q", test.name, a, b, test.log, test.items)
-		}
+		a, b := strings.Join(lines(log), " "), strings.Join(lines(items), " ")
+		expect(t, a == test.log && b == test.items, "%s: got the log %q and the list %q, want %q and %q", test.name, a, b, test.log, test.items)
 		l.close()
 	}
 }
@@ -3306,13 +3130,9 @@ func TestLeast(t *testing.T) {
 	for _, said := range [][2]string{{"chat:id", testID(1)}, {"chat", "a copy"}, {"chat", "foreign"}, {"chat:id", testID(9)}, {"chat", "new"}} {
 		f.hear(said[0], said[1])
 	}
-	if got := f.least(); got != 7 {
-		t.Errorf("5 items, a copy, a foreign line and a new one make %d, want 7", got)
-	}
+	same(t, f.least(), 7, "5 items, a copy, a foreign line and a new one make")
 	f.begin(nil, "", 9999, false)
-	if got := f.least(); got != int64(listSize(ringSize)) {
-		t.Errorf("of a long list it is %d, want %d, which are kept", got, listSize(ringSize))
-	}
+	same(t, f.least(), int64(listSize(ringSize)), "of a long list it is what is kept")
 }
 
 // TestBadList joins a Redis whose list holds what no process wrote.
@@ -3342,17 +3162,14 @@ func TestBadList(t *testing.T) {
 	r.cut() // so that the first one joins again
 	eventually(t, "the first room to have it", func() bool { return len(one.newcomer()) > 1 })
 	for _, c := range []*client{one, two} {
-		if got := c.newcomer(); !slices.Equal(got, want) {
-			t.Errorf("of the list come %.50q, want %.50q", got, want)
-		}
+		same(t, c.newcomer(), want, "of the list come")
 	}
 	eventually(t, "both rooms to be joined", func() bool { return one.healthy() && two.healthy() })
 	r.do("PUBLISH", "chat", "foreign")
 	for _, c := range []*client{one, two} { // under one id, for readers who change the process
 		got := c.stream("", "redis-list-key-07~aaaaaaaa").until("foreign")
-		if id := got[len(got)-1].id; !strings.HasPrefix(id, "redis-list-key-07~aaaaaaaa.") || !foreignID.MatchString(id) {
-			t.Errorf("a foreign line behind it has the id %s", id)
-		}
+		id := got[len(got)-1].id
+		expect(t, strings.HasPrefix(id, "redis-list-key-07~aaaaaaaa.") && foreignID.MatchString(id), "a foreign line behind it has the id %s", id)
 	}
 	newWitness(t, two.url).heard()
 }
@@ -3368,12 +3185,10 @@ func TestForeignLines(t *testing.T) {
 		t.Helper()
 		r.do("PUBLISH", "chat", line)
 		a, b := atOne.message(), atTwo.message()
-		if a.id != b.id || a.data != b.data || a.data != strings.ReplaceAll(line, "\u2028", "\n") {
-			t.Fatalf("of %q the processes make %v and %v", line, a, b)
-		}
-		if !foreignID.MatchString(a.id) || !strings.HasPrefix(a.id, after+".") {
-			t.Errorf("%q has the id %q, want %s, a dot and eight letters", line, a.id, after)
-		}
+		require(t, a.id == b.id && a.data == b.data && a.data == strings.ReplaceAll(line, "\u2028", "\n"),
+			"of %q the processes make %v and %v", line, a, b)
+		expect(t, foreignID.MatchString(a.id) && strings.HasPrefix(a.id, after+"."),
+			"%q has the id %q, want %s, a dot and eight letters", line, a.id, after)
 		return a.id
 	}
 	early := foreign("[12:34:56] flask: hi", "0")
@@ -3381,20 +3196,14 @@ func TestForeignLines(t *testing.T) {
 	atOne.hears("anonymous: announced")
 	atTwo.hears("anonymous: announced")
 	first, second, third := foreign("hi", announced), foreign("hi", announced), foreign("two\u2028lines", announced)
-	if ids := []string{early, first, second, third}; doubled(ids) {
-		t.Errorf("foreign lines have the ids %q, want four", ids)
-	}
-	if got := heard(two.poll(first)); !slices.Equal(got, []string{"hi", "two\nlines"}) {
-		t.Errorf("after the first foreign line: got %q, want the other two", got)
-	}
-	if got := r.texts(); !slices.Equal(got, []string{"announced"}) {
-		t.Errorf("chat:history holds %q, want only the announced one", got)
-	}
+	ids := []string{early, first, second, third}
+	expect(t, !doubled(ids), "foreign lines have the ids %q, want four", ids)
+	same(t, heard(two.poll(first)), []string{"hi", "two\nlines"}, "after the first foreign line")
+	same(t, r.texts(), []string{"announced"}, "chat:history holds")
 	three := one.at(r.room().url)
 	one.say("next")
-	if got := three.stream("", third).upTo("next"); len(got) != 1 {
-		t.Errorf("a process that does not know the foreign id resumes with %q, want what follows the announced line", got)
-	}
+	got := three.stream("", third).upTo("next")
+	expect(t, len(got) == 1, "a process that does not know the foreign id resumes with %q, want what follows the announced line", got)
 }
 
 // Other programs may publish lines without end: what a feed remembers of them is bounded, and
@@ -3409,9 +3218,8 @@ func TestForeignLinesWithoutEnd(t *testing.T) {
 			line = "the same again"
 		}
 		f.hear("chat", line)
-		if r := l.ring; r.next != i+1 || r.at(i).line != line || !validID(r.at(i).id) {
-			t.Fatalf("line %d is not the %d. of the log, with an id: %+v", i, i+1, r.at(r.next-1).entry)
-		}
+		r := l.ring
+		require(t, r.next == i+1 && r.at(i).line == line && validID(r.at(i).id), "line %d is not the %d. of the log, with an id", i, i+1)
 	}
 }
 
@@ -3434,9 +3242,9 @@ func TestBadRedis(t *testing.T) {
 		if want == "" {
 			continue // the next one would see it
 		}
-		if e := w.message(); strings.ReplaceAll(e.data, "\n", "") != want || !foreignID.MatchString(e.id) {
-			t.Fatalf("of %.60q came %.200q under the id %s, want %.60q", line, e.data, e.id, want)
-		}
+		e := w.message()
+		require(t, strings.ReplaceAll(e.data, "\n", "") == want && foreignID.MatchString(e.id),
+			"of %.60q came %.200q under the id %s, want %.60q", line, e.data, e.id, want)
 	}
 	for name, line := range map[string]string{ // not through Redis: where this is slow, a word of the room would be late
 		"4101 characters":         strings.Repeat("字", 4101),
@@ -3504,16 +3312,13 @@ func TestUnknownID(t *testing.T) {
 	elsewhere := c.at(r.room().url)
 	c.say("one")
 	for _, garbage := range []string{"§", "short", strings.Repeat("x", 65), keyA} {
-		if got := tell(c.stream("", garbage).until("ping")); !slices.Equal(got, []string{"(gap)", "one", "(ping)"}) {
-			t.Errorf("what cannot be an id: got %q, want gap, the message and a ping at once", got)
-		}
+		same(t, tell(c.stream("", garbage).until("ping")), []string{"(gap)", "one", "(ping)"}, "what cannot be an id")
 	}
 	for _, query := range []string{"", "wait=0", "wait=25s"} {
 		eventually(t, "a round trip that is quicker than a poll", func() bool {
 			got := tell(c.stream(query, unknownID).until("ping"))
-			if len(got) == 4 && !slices.Equal(got, []string{"(wait)", "(gap)", "one", "(ping)"}) {
-				t.Errorf("what is nowhere, with %q: got %q, want wait, gap, the message and a ping", query, got)
-			}
+			expect(t, len(got) != 4 || slices.Equal(got, []string{"(wait)", "(gap)", "one", "(ping)"}),
+				"what is nowhere, with %q: got %q, want wait, gap, the message and a ping", query, got)
 			return len(got) == 4
 		})
 	}
@@ -3521,28 +3326,19 @@ func TestUnknownID(t *testing.T) {
 	line.hold() // nothing comes from Redis, and so nobody can know
 	onItsWay := elsewhere.sayAs(keyA, "two")
 	unsettled := c.poll(onItsWay)
-	if got := tell(unsettled); !slices.Equal(got, []string{"(wait)", "(ping)", "(end)"}) {
-		t.Errorf("a poll that cannot be settled: got %q, want wait and a ping", got)
-	}
+	same(t, tell(unsettled), []string{"(wait)", "(ping)", "(end)"}, "a poll that cannot be settled")
 	for _, e := range unsettled {
-		if e.id != "" && e.id != onItsWay {
-			t.Errorf("a poll that is not settled moves the reader to %q", e.id)
-		}
+		expect(t, e.id == "" || e.id == onItsWay, "a poll that is not settled moves the reader to %q", e.id)
 	}
 	lost, early := c.stream("", unknownID), c.stream("", onItsWay)
 	for _, s := range []*answer{lost, early} {
-		if got := s.next(patience); got.kind != "wait" || got.data != "" || len(got.retry) != 1 {
-			t.Errorf("at once: got %v, want retry and wait", got)
-		}
+		got := s.next(patience)
+		expect(t, got.kind == "wait" && got.data == "" && len(got.retry) == 1, "at once: got %v, want retry and wait", got)
 	}
 	line.release()
 	elsewhere.say("three")
-	if got := early.upTo("three"); len(got) != 1 {
-		t.Errorf("behind an id that was on its way came %q, want what follows it", got)
-	}
-	if got := lost.upTo("three"); !slices.Equal(got, []string{"(gap)", "one", "two", "three"}) {
-		t.Errorf("behind an id that did not arrive came %q, want a gap and what a newcomer gets", got)
-	}
+	same(t, early.upTo("three"), []string{"three"}, "behind an id that was on its way came")
+	same(t, lost.upTo("three"), []string{"(gap)", "one", "two", "three"}, "behind an id that did not arrive came")
 }
 
 // One key that 400 people post at once takes one place in the list.
@@ -3579,22 +3375,17 @@ func TestSecondPostOfAKey(t *testing.T) {
 				first.done <- nil
 				r.log.append(first.entry)
 				for range 2 {
-					if got, want := <-ids, first.id+" <nil> after 1.999s"; got != want {
-						t.Errorf("confirmed: got %q, want %q", got, want)
-					}
+					same(t, <-ids, first.id+" <nil> after 1.999s", "confirmed")
 				}
 				return
 			}
-			if got, want := <-ids, " context deadline exceeded after 2s"; got != want {
-				t.Errorf("the first: got %q, want %q", got, want)
-			}
+			same(t, <-ids, " context deadline exceeded after 2s", "the first")
 			second := <-r.broker.outgoing
 			time.Sleep(time.Second / 2)
 			second.done <- nil
 			r.log.append(second.entry)
-			if got, want := <-ids, second.id+" <nil> after 2.5s"; got != want || keyOf(second.id) != keyA || second.id == first.id {
-				t.Errorf("the second: got %q, want %q", got, want)
-			}
+			got, want := <-ids, second.id+" <nil> after 2.5s"
+			expect(t, got == want && keyOf(second.id) == keyA && second.id != first.id, "the second: got %q, want %q", got, want)
 		})
 	}
 }
@@ -3611,16 +3402,12 @@ func TestBatch(t *testing.T) {
 		var got []entry
 		for _, size := range []int{batchSize, batchSize, batchSize / 2} {
 			batch := b.batch(<-b.outgoing)
-			if len(batch) != size {
-				t.Errorf("a batch has %d posts, want %d", len(batch), size)
-			}
+			same(t, len(batch), size, "a batch has")
 			for _, p := range batch {
 				got = append(got, p.entry)
 			}
 		}
-		if !slices.Equal(got, all) {
-			t.Errorf("the batches are\n%v, want\n%v", got, all)
-		}
+		same(t, got, all, "the batches are")
 	})
 }
 
@@ -3632,15 +3419,14 @@ func TestWriteToRedisInTime(t *testing.T) {
 		c := timelyConn{near, redisTimeout}
 		go far.Read(make([]byte, 1))
 		time.Sleep(2 * redisTimeout) // since the connection was made, which is nothing to the write
-		if _, err := c.Write([]byte("x")); err != nil {
-			t.Errorf("writing what is taken: %v", err)
-		}
+		_, err := c.Write([]byte("x"))
+		same(t, err, nil, "writing what is taken")
 		time.Sleep(redisTimeout / 2) // nor is the time since the last one
 		start := time.Now()
-		_, err := c.Write([]byte("x"))
-		if took := time.Since(start); !errors.Is(err, os.ErrDeadlineExceeded) || took != redisTimeout {
-			t.Errorf("writing what nobody takes: %v after %v, want the deadline after %v", err, took, redisTimeout)
-		}
+		_, err = c.Write([]byte("x"))
+		took := time.Since(start)
+		expect(t, errors.Is(err, os.ErrDeadlineExceeded) && took == redisTimeout,
+			"writing what nobody takes: %v after %v, want the deadline after %v", err, took, redisTimeout)
 	})
 }
 
@@ -3648,19 +3434,15 @@ func TestWriteToRedisInTime(t *testing.T) {
 func TestRedisThatStopsReading(t *testing.T) {
 	t.Parallel()
 	deaf, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer deaf.Close()
 	c, err := (&broker{url: "redis://" + deaf.Addr().String()}).dial(t.Context(), redisTimeout)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	start := time.Now()
 	_, err = c.Do("SET", "key", strings.Repeat("x", 64<<20))
-	if took := time.Since(start); !errors.Is(err, os.ErrDeadlineExceeded) || took > 10*redisTimeout {
-		t.Errorf("writing to a Redis that does not read: %v after %v, want the deadline", err, took)
-	}
+	took := time.Since(start)
+	expect(t, errors.Is(err, os.ErrDeadlineExceeded) && took <= 10*redisTimeout,
+		"writing to a Redis that does not read: %v after %v, want the deadline", err, took)
 }
 
 // Why a transaction was refused is told, not that EXEC discarded it; an EXEC without replies is
@@ -3670,30 +3452,24 @@ func TestRefusedTransaction(t *testing.T) {
 	r := startRedis(t)
 	r.do("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1")
 	c, err := redis.Dial("tcp", r.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer c.Close()
 	c.Send("MULTI")
 	c.Send("RPUSH", "chat:history", "x")
 	for range 3 {
 		c.Send("PUBLISH", "chat", "x")
 	}
-	if _, err := commit(c); err == nil || !strings.HasPrefix(err.Error(), "OOM") {
-		t.Errorf("a transaction without memory: %v, want OOM", err)
-	}
-	if _, err := results([]any{"OK", "QUEUED", []any{}}); err == nil {
-		t.Error("an EXEC without replies is taken for a success")
-	}
+	_, err = commit(c)
+	expect(t, err != nil && strings.HasPrefix(err.Error(), "OOM"), "a transaction without memory: %v, want OOM", err)
+	_, err = results([]any{"OK", "QUEUED", []any{}})
+	expect(t, err != nil, "an EXEC without replies is taken for a success")
 }
 
 // Of two cookie keys, one of which was drawn while Redis had forgotten the other, the older one
 // ends up everywhere. The key alone may be forgotten too, such as by a Redis that has to make room.
 func TestKeyOfTheRoom(t *testing.T) {
 	t.Parallel()
-	if keyGrace < syncEvery+redisTimeout {
-		t.Errorf("keyGrace is %v, less than it takes to notice that a key was forgotten", keyGrace)
-	}
+	expect(t, keyGrace >= syncEvery+redisTimeout, "keyGrace is %v, less than it takes to notice that a key was forgotten", keyGrace)
 	const older = "0000000000000001-drawn-before"
 	for _, test := range []struct{ name, set, want string }{ // "" is the room's own
 		{"forgotten", "", ""},
@@ -3720,9 +3496,8 @@ func TestKeyOfTheRoom(t *testing.T) {
 					_, ok := newSigner(want, "").verify(late.session().Value, time.Now())
 					return ok && r.get("chat:key") == want && late.healthy()
 				})
-				if got := c.get("/").status; (got == 200) != (test.want == "") {
-					t.Errorf("the page in a session of before: got %d", got)
-				}
+				got := c.get("/").status
+				expect(t, (got == 200) == (test.want == ""), "the page in a session of before: got %d", got)
 			})
 		}
 	}
@@ -3744,12 +3519,10 @@ func TestOwnKeyStaysOutOfRedis(t *testing.T) {
 		room := r.room("CHAT_KEY=geheim")
 		joined := next(t, probes)
 		start := time.Now()
-		if again := next(t, probes); again != joined || time.Since(start) < syncEvery/2 || time.Since(start) > 3*syncEvery {
-			t.Errorf("the word is %q, and after %v %q, want the same after %v", joined, time.Since(start), again, syncEvery)
-		}
-		if got := r.get("chat:key"); got != found {
-			t.Errorf("chat:key is %q, want %q", got, found)
-		}
+		again := next(t, probes)
+		expect(t, again == joined && time.Since(start) >= syncEvery/2 && time.Since(start) <= 3*syncEvery,
+			"the word is %q, and after %v %q, want the same after %v", joined, time.Since(start), again, syncEvery)
+		same(t, r.get("chat:key"), found, "chat:key is")
 		room.changed("joined")
 	}
 }
@@ -3809,19 +3582,12 @@ func TestYoungKey(t *testing.T) {
 			"drawn keyGrace ago": {drawKey(now.Add(-keyGrace)), false}, "drawn where the clock is ahead": {drawKey(now.Add(1)), false},
 			"chosen": {"one key", false}, "chosen, of digits": {"0123456789abcde-f", false}, "of a time that cannot be": {"ffffffffffffffff-x", false},
 		} {
-			if got := newSigner(test.key, "").young(now); got != test.want {
-				t.Errorf("a key %s: young is %v, want %v", name, got, test.want)
-			}
+			same(t, newSigner(test.key, "").young(now), test.want, "a key %s: young is", name)
 		}
 		rooms := map[string]*server{}
 		for name, password := range map[string]string{"open": "", "closed": "geheim"} {
-			s, err := newServer(&config{password: password}, t.Logf)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer s.room.log.close()
-			s.signer.Store(newSigner(drawKey(now), password))
-			rooms[name] = s
+			rooms[name] = newTestServer(t, &config{password: password}, t.Logf)
+			rooms[name].signer.Store(newSigner(drawKey(now), password))
 		}
 		for _, age := range []time.Duration{0, keyGrace} {
 			time.Sleep(age)
@@ -3842,16 +3608,11 @@ func TestYoungKey(t *testing.T) {
 				{"the lesson of a closed room", "closed", "GET /lesson", true, page},
 				{"the login form", "closed", "GET /login", true, 200},
 			} {
-				method, path, _ := strings.Cut(test.request, " ")
-				r, w := httptest.NewRequest(method, path, strings.NewReader("message=x")), httptest.NewRecorder()
-				r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-				if test.cookie {
-					r.Header.Set("Cookie", cookieName+"=v1.9999999999.id.eA.stale")
-				}
-				rooms[test.room].ServeHTTP(w, r)
-				if again := w.Header().Get("Retry-After"); w.Code != test.want || (again != "") != (test.want == 503) {
-					t.Errorf("%s, under a key drawn %v ago: got %d, Retry-After %q, want %d", test.name, age, w.Code, again, test.want)
-				}
+				w := rooms[test.room].ask(test.request, "message=x", "192.0.2.1",
+					map[bool]string{true: "Cookie: " + cookieName + "=v1.9999999999.id.eA.stale"}[test.cookie])
+				again := w.Header().Get("Retry-After")
+				expect(t, w.Code == test.want && (again != "") == (test.want == 503),
+					"%s, under a key drawn %v ago: got %d, Retry-After %q, want %d", test.name, age, w.Code, again, test.want)
 			}
 		}
 	})
@@ -3867,16 +3628,14 @@ func TestRedisAddress(t *testing.T) {
 	newClient(t, byFlag.url).say("hello")
 	s.hears("anonymous: hello")
 	for _, room := range []*program{byFlag, byEnv} {
-		if printed := room.out.String() + room.log.String(); strings.Contains(printed, "geheim") {
-			t.Errorf("the password is printed: %s", printed)
-		}
+		printed := room.out.String() + room.log.String()
+		expect(t, !strings.Contains(printed, "geheim"), "the password is printed: %s", printed)
 	}
 	repeats := startRedis(t, "--rename-command", "AUTH", "") // does not know it, and shows its arguments
 	room := startRoom(t, "-redis", "redis://somebody:hunter2@"+repeats.addr)
 	eventually(t, "the room to know why", func() bool { return strings.Contains(room.log.String(), "AUTH") })
-	if shown := newClient(t, room.url).get("/healthz").body + room.log.String(); strings.Contains(shown, "hunter2") {
-		t.Errorf("the password is shown: %s", shown)
-	}
+	shown := newClient(t, room.url).get("/healthz").body + room.log.String()
+	expect(t, !strings.Contains(shown, "hunter2"), "the password is shown: %s", shown)
 }
 
 // A server that answers with a length that cannot be, which makes redigo panic, is a Redis that is
@@ -3884,9 +3643,7 @@ func TestRedisAddress(t *testing.T) {
 func TestImpossibleAnswer(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer l.Close()
 	go func() {
 		for {
@@ -3903,9 +3660,7 @@ func TestImpossibleAnswer(t *testing.T) {
 	}()
 	p := startRoom(t, "-redis", l.Addr().String())
 	eventually(t, "it to say so", func() bool { return strings.Contains(p.log.String(), "redis is away") })
-	if status := newClient(t, p.url).get("/login").status; status != 200 {
-		t.Errorf("the room answers %d, want 200", status)
-	}
+	same(t, newClient(t, p.url).get("/login").status, 200, "the room answers")
 }
 
 // TestInWords: what the log says of why Redis is away. No answer of a server stands there unquoted.
@@ -3935,9 +3690,7 @@ func TestInWords(t *testing.T) {
 			`no name server answers for "redis.test"`},
 		{&net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}, "dial tcp: connection refused"},
 	} {
-		if got := inWords(test.err); got != test.want {
-			t.Errorf("%v: got %s, want %s", test.err, got, test.want)
-		}
+		same(t, inWords(test.err), test.want, "%v", test.err)
 	}
 }
 
@@ -3953,9 +3706,7 @@ func TestWhyAway(t *testing.T) {
 		{fmt.Errorf("joining: %w", redis.Error("WRONGPASS for hunter2")), "it refuses"},
 		{io.EOF, "the room has not joined it"},
 	} {
-		if got := whyAway(test.err); got != test.want {
-			t.Errorf("%v: got %q, want %q", test.err, got, test.want)
-		}
+		same(t, whyAway(test.err), test.want, "%v", test.err)
 	}
 }
 
@@ -3988,27 +3739,22 @@ func TestRedisAbsent(t *testing.T) {
 	} {
 		method, path, _ := strings.Cut(test.do, " ")
 		got := test.c.do(method, path, test.body, test.with...)
-		if got.status != test.want || got.retryAfter() != (test.want == 503) {
-			t.Errorf("%s: got %d with Retry-After %q, want %d", test.name, got.status, got.header.Get("Retry-After"), test.want)
-		}
+		expect(t, got.status == test.want && got.retryAfter() == (test.want == 503),
+			"%s: got %d with Retry-After %q, want %d", test.name, got.status, got.header.Get("Retry-After"), test.want)
 	}
 	c.refusedAtOnce("x")
 	for range 30 {
-		if got := c.post("x"); got != 503 {
-			t.Fatalf("posting on: got %d, want 503, which costs nothing of the rate", got)
-		}
+		got := c.post("x")
+		require(t, got == 503, "posting on: got %d, want 503, which costs nothing of the rate", got)
 	}
 	waiting := c.stream("", "")
-	if polled := tell(c.poll(unknownID)); slices.Contains(polled, "(gap)") {
-		t.Errorf("a poll without Redis: got %q, want no gap", polled)
-	}
+	polled := tell(c.poll(unknownID))
+	expect(t, !slices.Contains(polled, "(gap)"), "a poll without Redis: got %q, want no gap", polled)
 	r.start()
 	eventually(t, "the room to heal", c.healthy)
 	c.say("hello")
 	withKey.insist("hello-again")
-	if got := waiting.upTo("hello-again"); !slices.Equal(got, []string{"hello", "hello-again"}) {
-		t.Errorf("a newcomer that came before Redis: got %q", got)
-	}
+	same(t, waiting.upTo("hello-again"), []string{"hello", "hello-again"}, "a newcomer that came before Redis")
 }
 
 func TestUsage(t *testing.T) {
@@ -4029,14 +3775,8 @@ func TestUsage(t *testing.T) {
 		{"TZ=CST-8"}, {"TZ=:Shanghai"}, {"CHAT_KEY=geheim\ngeheim"}, {"CHAT_KEY=geheim\xff"}, {"CHAT_KEY=\n"},
 	} {
 		env, flags := splitArgs(args)
-		getenv := func(name string) string {
-			if len(env) > 0 && strings.HasPrefix(env[0], name+"=") {
-				return strings.TrimPrefix(env[0], name+"=")
-			}
-			return ""
-		}
 		var printed bytes.Buffer
-		err := run(ended, flags, getenv, &printed, &printed)
+		err := run(ended, flags, environ(env...), &printed, &printed)
 		if _, usage := errors.AsType[usageError](err); !usage {
 			t.Errorf("%q: got %v, want a usage error", args, err)
 		} else if text := err.Error(); text == "" || strings.Contains(text, "\n") || strings.Contains(text, "geheim") || printed.Len() > 0 {
@@ -4047,27 +3787,20 @@ func TestUsage(t *testing.T) {
 
 func TestEnvironment(t *testing.T) {
 	for _, zone := range []string{"", "UTC", "Asia/Shanghai", ":Asia/Shanghai", "/etc/localtime", ":/etc/localtime"} {
-		if _, err := configure(nil, func(name string) string { return map[string]string{"TZ": zone}[name] }, io.Discard); err != nil {
-			t.Errorf("TZ=%s: %v", zone, err)
-		}
+		_, err := configure(nil, environ("TZ="+zone), io.Discard)
+		expect(t, err == nil, "TZ=%s: %v", zone, err)
 	}
-	env := map[string]string{"CHAT_KEY": "key\n", "CHAT_PASSWORD": "blue whale \r\n\n", "REDIS_URL": "localhost:6379\r\n"}
-	cfg, err := configure(nil, func(name string) string { return env[name] }, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if cfg.key != "key" || cfg.password != "blue whale " || cfg.redis.Host != "localhost:6379" {
-		t.Errorf("got the key %q, the password %q and Redis at %q", cfg.key, cfg.password, cfg.redis.Host)
-	}
+	cfg, err := configure(nil, environ("CHAT_KEY=key\n", "CHAT_PASSWORD=blue whale \r\n\n", "REDIS_URL=localhost:6379\r\n"), io.Discard)
+	must(t, err)
+	expect(t, cfg.key == "key" && cfg.password == "blue whale " && cfg.redis.Host == "localhost:6379",
+		"got the key %q, the password %q and Redis at %q", cfg.key, cfg.password, cfg.redis.Host)
 }
 
 func TestExitStatus(t *testing.T) {
 	t.Parallel()
 	file := buildBinary(t)
 	info, err := buildinfo.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	version := "chat " + info.Main.Version // as Go has put it into the binary
 	for _, setting := range info.Settings {
 		if setting.Key == "vcs.revision" {
@@ -4088,11 +3821,9 @@ func TestExitStatus(t *testing.T) {
 		var stdout, stderr bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &stdout, &stderr
 		cmd.Run()
-		if got := cmd.ProcessState.ExitCode(); got != test.status || !regexp.MustCompile(test.stdout).MatchString(stdout.String()) ||
-			!regexp.MustCompile(test.stderr).MatchString(stderr.String()) {
-			t.Errorf("chat %s: exit status %d, prints %q and %q, want %d, %s and %s", test.flag, got, stdout.String(), stderr.String(),
-				test.status, test.stdout, test.stderr)
-		}
+		got := cmd.ProcessState.ExitCode()
+		expect(t, got == test.status && regexp.MustCompile(test.stdout).MatchString(stdout.String()) && regexp.MustCompile(test.stderr).MatchString(stderr.String()),
+			"chat %s: exit status %d, prints %q and %q, want %d, %s and %s", test.flag, got, stdout.String(), stderr.String(), test.status, test.stdout, test.stderr)
 	}
 }
 
@@ -4100,7 +3831,7 @@ func TestExitStatus(t *testing.T) {
 func TestFirstContact(t *testing.T) {
 	t.Parallel()
 	fails := func(args ...string) string {
-		return fmt.Sprint(run(t.Context(), args, func(string) string { return "" }, io.Discard, io.Discard))
+		return fmt.Sprint(run(t.Context(), args, environ(), io.Discard, io.Discard))
 	}
 	taken := strings.TrimPrefix(startRoom(t).url, "http://")
 	for _, c := range []struct{ name, got, want string }{
@@ -4113,25 +3844,17 @@ func TestFirstContact(t *testing.T) {
 		{"mistyped flag", fails("-port", "80"), "flag provided but not defined: -port (chat -h lists the flags)"},
 	} {
 		before, after, _ := strings.Cut(c.want, "…") // the system's words
-		if !strings.HasPrefix(c.got, before) || !strings.HasSuffix(c.got, after) {
-			t.Errorf("%s: got %q, want %q", c.name, c.got, c.want)
-		}
+		expect(t, strings.HasPrefix(c.got, before) && strings.HasSuffix(c.got, after), "%s: got %q, want %q", c.name, c.got, c.want)
 	}
 	transcript := regexp.MustCompile("(?s)```\n\\$ ./chat\n(.*?)```").FindStringSubmatch(readFile(t, "README.md"))
-	if transcript == nil {
-		t.Fatal("README.md does not begin with a transcript")
-	}
+	require(t, transcript != nil, "README.md does not begin with a transcript")
 	first := regexp.QuoteMeta(transcript[1])
 	first = strings.Replace(first, `http://192\.168\.1\.20:8989`, `\S+( or \S+)*`, 1) // here other networks
 	first = strings.Replace(first, "8989", `\d+`, 1)
 	r := startRoom(t, "-addr", ":0")
-	if got := r.out.String(); !regexp.MustCompile("^" + first + "$").MatchString(got) {
-		t.Errorf("it prints %q, README.md %q", got, transcript[1])
-	}
+	expect(t, regexp.MustCompile("^"+first+"$").MatchString(r.out.String()), "it prints %q, README.md %q", r.out.String(), transcript[1])
 	links, err := net.Interfaces()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, link := range links {
 		addrs, _ := link.Addrs()
 		for _, addr := range addrs {
@@ -4139,9 +3862,8 @@ func TestFirstContact(t *testing.T) {
 			if err != nil || ip.To4() == nil || !ip.IsGlobalUnicast() || link.Flags&net.FlagRunning == 0 {
 				continue
 			}
-			if url := "http://" + ip.String() + r.url[strings.LastIndex(r.url, ":"):]; !strings.Contains(r.out.String(), url) {
-				t.Errorf("it prints %q, want %s in it", r.out.String(), url)
-			}
+			url := "http://" + ip.String() + r.url[strings.LastIndex(r.url, ":"):]
+			expect(t, strings.Contains(r.out.String(), url), "it prints %q, want %s in it", r.out.String(), url)
 		}
 	}
 	away := startRoom(t, "-redis", "localhost:"+freePort(t))
@@ -4154,23 +3876,20 @@ func TestFirstContact(t *testing.T) {
 func TestAloneInAFolder(t *testing.T) {
 	t.Parallel()
 	chroot := need(t, "chroot", "apt-get install coreutils")
-	if runtime.GOOS != "linux" || os.Getuid() != 0 {
-		t.Skip("root on Linux alone can make a folder all there is")
+	if runtime.GOOS != "linux" || os.Getuid() != 0 || testing.Short() {
+		t.Skip("root on Linux alone can make a folder all there is; it builds once more")
 	}
 	dir := t.TempDir()
 	build := exec.Command("go", "build", "-o", filepath.Join(dir, "chat"), ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	succeeds(t, build)
 	c := newClient(t, startCommand(t, []string{"TZ=Asia/Kathmandu"}, chroot, dir, "/chat").url)
 	c.say("hi")
 	clock := c.poll("")[0].data
 	said, err := time.Parse("[15:04:05]", clock[:10])
 	here := time.Now().UTC().Add(5*time.Hour + 45*time.Minute)
-	if late := (here.Unix() - said.Unix()) % (24 * 60 * 60); err != nil || late > 60 {
-		t.Errorf("at %v in Kathmandu it says %q, %v", here, clock, err)
-	}
+	late := (here.Unix() - said.Unix()) % (24 * 60 * 60)
+	expect(t, err == nil && late <= 60, "at %v in Kathmandu it says %q, %v", here, clock, err)
 }
 
 func TestLikeliestAddress(t *testing.T) {
@@ -4200,9 +3919,7 @@ func TestLikeliestAddress(t *testing.T) {
 		{"links are not listed", nil, "192.168.1.20", true, "192.168.1.20"},
 		{"nothing", nil, "", true, ""},
 	} {
-		if got := strings.Join(likeliest(c.own, c.out, c.v6), " "); got != c.want {
-			t.Errorf("%s: got %q, want %q", c.name, got, c.want)
-		}
+		same(t, strings.Join(likeliest(c.own, c.out, c.v6), " "), c.want, "%s", c.name)
 	}
 }
 
@@ -4210,16 +3927,12 @@ func TestLikeliestAddress(t *testing.T) {
 func TestLogThatNobodyReads(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r.Close()
 	addr := "127.0.0.1:" + freePort(t)
 	cmd := exec.Command(buildBinary(t), "-addr", addr, "-redis", "127.0.0.1:"+freePort(t))
 	cmd.Stdout, cmd.Stderr = w, w
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	w.Close()
 	defer func() { cmd.Process.Kill(); cmd.Wait() }()
 	answered := func() bool {
@@ -4227,9 +3940,7 @@ func TestLogThatNobodyReads(t *testing.T) {
 		return strings.Contains(got.body, "cannot be reached") // so it has been logged
 	}
 	eventually(t, "the room to say that Redis is away", answered)
-	if !answered() {
-		t.Error("the process is gone")
-	}
+	expect(t, answered(), "the process is gone")
 }
 
 // ---- faults ----
@@ -4238,9 +3949,9 @@ func TestLogThatNobodyReads(t *testing.T) {
 func (c *client) refused(text string) time.Duration {
 	c.t.Helper()
 	start := time.Now()
-	if got := c.attempt(text); got.status != 503 || !got.retryAfter() {
-		c.t.Errorf("posting %q: got %d, Retry-After %q, want 503 with one", text, got.status, got.header.Get("Retry-After"))
-	}
+	got := c.attempt(text)
+	expect(c.t, got.status == 503 && got.retryAfter(),
+		"posting %q: got %d, Retry-After %q, want 503 with one", text, got.status, got.header.Get("Retry-After"))
 	return time.Since(start)
 }
 
@@ -4254,9 +3965,7 @@ func (c *client) refusedAtOnce(text string) {
 func (r *redisServer) holds(want []string, rooms ...*client) {
 	r.t.Helper()
 	for i, c := range append(rooms, newClient(r.t, r.room("-history", "4096").url)) {
-		if got := c.newcomer(); !slices.Equal(got, want) {
-			r.t.Errorf("room %d of %d holds %.500q, want %.500q", i+1, len(rooms)+1, got, want)
-		}
+		same(r.t, c.newcomer(), want, "room %d of %d holds", i+1, len(rooms)+1)
 	}
 }
 
@@ -4375,12 +4084,11 @@ func (test fault) underRooms(t *testing.T) {
 	eventually(t, "the other room to say so", func() bool { return !two.healthy() })
 	for _, c := range []*client{one, two} {
 		c.refusedAtOnce("never")
-		if got := c.get("/healthz"); got.status != 503 || len(strings.TrimSpace(got.body)) < 10 || !got.retryAfter() {
-			t.Errorf("/healthz says %d %q, want 503, why, and Retry-After", got.status, got.body)
-		}
-		if got := c.newcomer(); len(got) < 2 || got[0] != "one" || got[1] != "two" {
-			t.Errorf("while Redis is away a newcomer gets %q, want what was said", got)
-		}
+		got := c.get("/healthz")
+		expect(t, got.status == 503 && len(strings.TrimSpace(got.body)) >= 10 && got.retryAfter(),
+			"/healthz says %d %q, want 503, why, and Retry-After", got.status, got.body)
+		heard := c.newcomer()
+		same(t, heard[:min(2, len(heard))], []string{"one", "two"}, "while Redis is away a newcomer gets")
 	}
 
 	test.mends(r)
@@ -4395,21 +4103,18 @@ func (test fault) underRooms(t *testing.T) {
 		got := s.upTo("four")
 		if told := slices.Index(got, "(gap)"); test.loses && (told == 0 || told == 1 && got[0] == "three") {
 			got = got[told+1:] // once, and then a newcomer's history
-			if !slices.Equal(got, all) {
-				t.Errorf("behind the gap reader %d was told %q, want all four", i+1, got)
-			}
+			same(t, got, all, "behind the gap reader %d was told", i+1)
 		} else if test.loses || !slices.Equal(got, all[2:]) {
 			t.Errorf("reader %d was told %q, want three and four, behind a gap if Redis lost anything: %v", i+1, got, test.loses)
 		}
 	}
 	r.holds(all, one, two)
-	if got := written(t, rooms...); got > 1 || (got == 1) != test.loses {
-		t.Errorf("the list was written back %d times, want once if Redis lost anything: %v", got, test.loses)
-	}
+	wrote := written(t, rooms...)
+	expect(t, wrote <= 1 && (wrote == 1) == test.loses, "the list was written back %d times, want once if Redis lost anything: %v", wrote, test.loses)
 	for _, room := range rooms {
-		if got := room.changes(); got[0] != "joined" || got[1] != "away" || got[len(got)-1] != "joined" || len(got) > 4 {
-			t.Errorf("it logged %q, want joined, away, joined", got)
-		}
+		got := room.changes()
+		expect(t, got[0] == "joined" && got[1] == "away" && got[len(got)-1] == "joined" && len(got) <= 4,
+			"it logged %q, want joined, away, joined", got)
 	}
 }
 
@@ -4440,23 +4145,17 @@ func (test fault) beforeStart(t *testing.T) {
 	early := c.stream("", "")
 	eventually(t, "it to say so once", func() bool { return slices.Equal(room.changes(), []string{"away"}) })
 	c.refusedAtOnce("early")
-	if got := c.get("/healthz"); got.status != 503 || !regexp.MustCompile(`^redis is away: [a-z ]+\n$`).MatchString(got.body) {
-		t.Errorf("/healthz says %d %q, want 503 and no address", got.status, got.body)
-	}
+	got := c.get("/healthz")
+	expect(t, got.status == 503 && regexp.MustCompile(`^redis is away: [a-z ]+\n$`).MatchString(got.body),
+		"/healthz says %d %q, want 503 and no address", got.status, got.body)
 	line.comes(2 * 3) // for three attempts, of two connections at most, that must not be logged
 	room.changed("away")
-	if strings.Contains(room.log.String(), "start it") {
-		t.Errorf("Redis answers, and the log says %q", room.log.String())
-	}
-	if strings.Contains(room.log.String()+room.out.String()+c.get("/healthz").body, "geheim") {
-		t.Errorf("the password is told: %s", room.log.String())
-	}
+	expect(t, !strings.Contains(room.log.String(), "start it"), "Redis answers, and the log says %q", room.log.String())
+	expect(t, !strings.Contains(room.log.String()+room.out.String()+c.get("/healthz").body, "geheim"), "the password is told: %s", room.log.String())
 	test.mends(r)
 	room.joined()
 	c.say("hello")
-	if got := early.upTo("hello"); len(got) != 1 {
-		t.Errorf("who came before Redis was told %q, want hello", got)
-	}
+	same(t, early.upTo("hello"), []string{"hello"}, "who came before Redis was told")
 	room.changed("away", "joined")
 }
 
@@ -4496,16 +4195,13 @@ func TestRedisHiccups(t *testing.T) {
 			one.insist("last-but-one")
 			two.insist("last")
 			wrote := written(t, rooms...)
-			if (wrote > 0) != test.loses {
-				t.Errorf("the list was written back %d times, want that if Redis lost anything: %v", wrote, test.loses)
-			}
+			expect(t, (wrote > 0) == test.loses, "the list was written back %d times, want that if Redis lost anything: %v", wrote, test.loses)
 			var all []string
 			for i, s := range streams {
 				parts := betweenGaps(s.upTo("last"))
 				all = parts[len(parts)-1] // behind the last gap comes all, here
-				if len(parts) != wrote+1 || slices.ContainsFunc(parts, doubled) || len(all) != 2*each+2 || doubled(all) {
-					t.Errorf("reader %d was told %d gaps of %d, and then %d messages of %d, once, in one order: %q", i, len(parts)-1, wrote, len(all), 2*each+2, parts)
-				}
+				expect(t, len(parts) == wrote+1 && !slices.ContainsFunc(parts, doubled) && len(all) == 2*each+2 && !doubled(all),
+					"reader %d was told %d gaps of %d, and then %d messages of %d, once, in one order: %q", i, len(parts)-1, wrote, len(all), 2*each+2, parts)
 			}
 			r.holds(all, one, two)
 		})
@@ -4533,12 +4229,11 @@ func TestAwayForLong(t *testing.T) {
 			cutOff.joined()
 			c.say("after")
 			got := s.upTo("after")
-			if at := slices.Index(got, "(gap)"); gap && at != 0 || !gap && at >= 0 {
-				t.Errorf("the gap is word %d of what it was told, want it first (0) or, without loss, none (-1)", at)
-			}
-			if parts := betweenGaps(got); len(parts[len(parts)-1]) < min(missed, 4096) || doubled(got) {
-				t.Errorf("it was told %d messages, want the %d that are remembered", len(got), min(missed, 4096))
-			}
+			at := slices.Index(got, "(gap)")
+			expect(t, gap && at == 0 || !gap && at < 0, "the gap is word %d of what it was told, want it first (0) or, without loss, none (-1)", at)
+			parts := betweenGaps(got)
+			expect(t, len(parts[len(parts)-1]) >= min(missed, 4096) && !doubled(got),
+				"it was told %d messages, want the %d that are remembered", len(got), min(missed, 4096))
 			cutOff.changed("joined", "away", "joined")
 		})
 	}
@@ -4561,9 +4256,7 @@ func TestStoppedForManyMegabytes(t *testing.T) {
 	stopped.signal("STOP")
 	text, n := strings.Repeat("字", 3990), 0
 	for ; n < 900 || subscribers() > 1; n++ { // 10 MB at least
-		if n == 4000 {
-			t.Fatal("Redis keeps the subscription after 48 MB")
-		}
+		require(t, n != 4000, "Redis keeps the subscription after 48 MB")
 		key := nameKey(strconv.Itoa(n))
 		eventually(t, "the other room to take it", func() bool { return c.postKey(key, fmt.Sprintf("%d %s", n, text)) == 204 })
 	}
@@ -4571,13 +4264,10 @@ func TestStoppedForManyMegabytes(t *testing.T) {
 	c.insist("after")
 	got := s.upTo("after")
 	for i, line := range got[:len(got)-1] {
-		if number, _, _ := strings.Cut(line, " "); number != strconv.Itoa(i) {
-			t.Fatalf("message %d after it went on is %.20q", i, line)
-		}
+		number, _, _ := strings.Cut(line, " ")
+		require(t, number == strconv.Itoa(i), "message %d after it went on is %.20q", i, line)
 	}
-	if len(got) != n+1 {
-		t.Errorf("after it went on its reader got %d messages, want %d", len(got), n+1)
-	}
+	same(t, len(got), n+1, "after it went on its reader")
 	stopped.joined().changed("joined", "away", "joined")
 }
 
@@ -4590,9 +4280,8 @@ func TestFullHistory(t *testing.T) {
 	room := r.room()
 	c := newClient(t, room.url)
 	c.say("one more")
-	if got := c.newcomer(); len(got) != 200 || got[199] != "one more" {
-		t.Errorf("a newcomer gets %d messages, want 200 up to the newest", len(got))
-	}
+	got := c.newcomer()
+	expect(t, len(got) == 200 && got[199] == "one more", "a newcomer gets %d messages, want 200 up to the newest", len(got))
 	room.changed("joined")
 }
 
@@ -4617,14 +4306,13 @@ func TestSlowLink(t *testing.T) {
 		n++
 		return c.healthy()
 	})
-	if took := time.Since(start); took < joinTimeout {
-		t.Errorf("it joined after %v, so nothing is shown", took)
-	}
+	took := time.Since(start)
+	expect(t, took >= joinTimeout, "it joined after %v, so nothing is shown", took)
 	other.say("last")
 	got := c.stream("", "").upTo("last")
-	if want := other.newcomer(); !slices.Equal(got, want[max(0, len(want)-len(got)):]) || len(got) != min(items+n+1, 4096) {
-		t.Errorf("a newcomer gets %d messages, and elsewhere %d, want the same %d", len(got), len(want), min(items+n+1, 4096))
-	}
+	want := other.newcomer()
+	expect(t, slices.Equal(got, want[max(0, len(want)-len(got)):]) && len(got) == min(items+n+1, 4096),
+		"a newcomer gets %d messages, and elsewhere %d, want the same %d", len(got), len(want), min(items+n+1, 4096))
 	room.changed("joined")
 }
 
@@ -4660,9 +4348,8 @@ func TestLateAttempts(t *testing.T) {
 	var all []string
 	for i, s := range streams {
 		got := s.upTo("after")
-		if i > 0 && !slices.Equal(got, all) || len(got) != others+3 || doubled(got) {
-			t.Errorf("at room %d it was %q, and before it %q, want each of %d once, in one order", i, got, all, others+3)
-		}
+		expect(t, (i == 0 || slices.Equal(got, all)) && len(got) == others+3 && !doubled(got),
+			"at room %d it was %q, and before it %q, want each of %d once, in one order", i, got, all, others+3)
 		all = got
 	}
 	r.holds(all, at...)
@@ -4690,14 +4377,12 @@ func TestShutdownWithoutRedis(t *testing.T) {
 	start := time.Now()
 	room.interrupt()
 	for _, in := range waiting { // each is told: a connection that is cut off gives no answer
-		if resp, err := http.ReadResponse(in, nil); err != nil || resp.StatusCode != 503 {
-			t.Errorf("a post that waits at shutdown: got %v, %v, want 503", resp, err)
-		}
+		resp, err := http.ReadResponse(in, nil)
+		expect(t, err == nil && resp.StatusCode == 503, "a post that waits at shutdown: got %v, %v, want 503", resp, err)
 	}
 	for _, p := range []*program{room, joining} {
-		if err := p.stop(); err != nil || time.Since(start) > 10*time.Second {
-			t.Errorf("it ended with %v after %v, want nil at once", err, time.Since(start))
-		}
+		err := p.stop()
+		expect(t, err == nil && time.Since(start) <= 10*time.Second, "it ended with %v after %v, want nil at once", err, time.Since(start))
 	}
 	r.signal("CONT")
 }
@@ -4721,9 +4406,8 @@ func TestAnswerOfExecLost(t *testing.T) {
 	}
 	c.say("after")
 	want := []string{"before", "lost", "after"}
-	if got := s.upTo("after"); !slices.Equal(got, want) || !slices.Equal(r.texts(), want) {
-		t.Errorf("its reader was told %q, and the list holds %q, want each once", got, r.texts())
-	}
+	same(t, s.upTo("after"), want, "its reader was told")
+	same(t, r.texts(), want, "the list holds")
 	room.changed("joined", "away", "joined")
 }
 
@@ -4747,23 +4431,17 @@ func TestForgottenWhileCutOff(t *testing.T) {
 	r.start()
 	toOne.mend()
 	last := one.insist("new")
-	if got := stays.upTo("new"); !slices.Equal(got, []string{"before", "(gap)", "before", "new"}) {
-		t.Errorf("at the first room it is %q, want before, a gap, and then before and new", got)
-	}
+	same(t, stays.upTo("new"), []string{"before", "(gap)", "before", "new"}, "at the first room it is")
 	toTwo.mend()
 	eventually(t, "the second room to be back", two.healthy)
 	goesOver := two.stream("", last)
 	eventually(t, "the first room to have it all", func() bool { return slices.Contains(one.newcomer(), "missed") })
 	two.insist("after")
 	all := two.newcomer()
-	if sorted := slices.Sorted(slices.Values(all)); !slices.Equal(sorted, []string{"after", "before", "missed", "new"}) {
-		t.Errorf("the room holds %q, want all four", all)
-	}
+	same(t, slices.Sorted(slices.Values(all)), []string{"after", "before", "missed", "new"}, "the room holds")
 	for name, s := range map[string]*answer{"who stayed": stays, "who went to the second room": goesOver, "of the second room": other} {
 		parts := betweenGaps(s.upTo("after"))
-		if got := parts[len(parts)-1]; !slices.Equal(got, all) {
-			t.Errorf("a reader %s got %q behind the last gap, want %q", name, got, all)
-		}
+		same(t, parts[len(parts)-1], all, "a reader %s", name)
 	}
 	r.holds(all, one)
 }
@@ -4825,17 +4503,13 @@ func TestTerminatedWhilePosting(t *testing.T) {
 			if i == 20 {
 				eventually(t, "messages to flow", func() bool { return accepted.Load() > 100 })
 				p.signal("TERM")
-				if err := p.wait(patience); err != nil {
-					t.Errorf("SIGTERM in the middle of posts: %v, want exit status 0", err)
-				}
+				same(t, p.wait(patience), nil, "SIGTERM in the middle of posts")
 				return
 			}
 			for n := 0; ; n++ {
 				name := fmt.Sprintf("%d-%d-%d", round, i, n)
 				got := c.attempt(name).status
-				if got != 204 && got != 503 && got != 0 {
-					t.Errorf("a post at shutdown: got %d, want 204, 503 or no answer", got)
-				}
+				expect(t, got == 204 || got == 503 || got == 0, "a post at shutdown: got %d, want 204, 503 or no answer", got)
 				if accepted.Add(1); got != 204 {
 					other.sayAs(nameKey(name), name)
 					return
@@ -4845,9 +4519,8 @@ func TestTerminatedWhilePosting(t *testing.T) {
 		want += int(accepted.Load())
 		p.changed("joined")
 	}
-	if got := other.newcomer(); len(got) != want || doubled(got) {
-		t.Errorf("the room holds %d messages, want the %d accepted at first or later, each once", len(got), want)
-	}
+	got := other.newcomer()
+	expect(t, len(got) == want && !doubled(got), "the room holds %d messages, want the %d accepted at first or later, each once", len(got), want)
 }
 
 // A relay passes bytes between clients and a server, and does to them what networks do.
@@ -4876,9 +4549,7 @@ const wantsList = "\r\n0\r\n$2\r\n-1\r\n"
 func newRelay(t testing.TB, target string) *relay {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r := &relay{t: t, addr: l.Addr().String(), target: target, conns: map[net.Conn]bool{}}
 	t.Cleanup(func() {
 		l.Close()
@@ -5181,9 +4852,7 @@ func TestIdleConnectionsEnded(t *testing.T) {
 	r := startRedis(t, "--timeout", "10")
 	room := r.room("CHAT_KEY=one of our own")
 	idle, err := net.Dial("tcp", r.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer idle.Close()
 	idle.SetReadDeadline(time.Now().Add(patience))
 	if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
@@ -5201,20 +4870,17 @@ func TestNoMoreClients(t *testing.T) {
 	for taken, err := 0, error(nil); err == nil; taken++ {
 		c, _ := redis.Dial("tcp", r.addr)
 		t.Cleanup(func() { c.Close() })
-		if _, err = c.Do("PING"); taken > 100 {
-			t.Fatal("Redis takes everybody")
-		}
+		_, err = c.Do("PING")
+		require(t, taken <= 100, "Redis takes everybody")
 	}
 	for _, key := range []string{"CHAT_KEY=", "CHAT_KEY=one of our own"} {
 		line := newRelay(t, r.addr)
 		room := startRoom(t, "-redis", line.addr, key)
 		line.comes(2 * 3) // for three attempts
-		if log := room.log.String(); !strings.HasSuffix(log, `answers: "ERR max number of clients reached"`+"\n") || strings.Count(log, "\n") != 1 {
-			t.Errorf("with %s it logged %q, want what Redis said, once", key, log)
-		}
-		if got := newClient(t, room.url).get("/healthz").body; got != "redis is away: it refuses\n" {
-			t.Errorf("/healthz says %q", got)
-		}
+		log := room.log.String()
+		expect(t, strings.HasSuffix(log, `answers: "ERR max number of clients reached"`+"\n") && strings.Count(log, "\n") == 1,
+			"with %s it logged %q, want what Redis said, once", key, log)
+		same(t, newClient(t, room.url).get("/healthz").body, "redis is away: it refuses\n", "/healthz says")
 	}
 }
 
@@ -5224,9 +4890,7 @@ func TestLeastRights(t *testing.T) {
 	t.Parallel()
 	line := strings.TrimSpace(blocks(t, "acl")[0])
 	user, address := strings.Fields(line)[1], regexp.MustCompile("`REDIS_URL=(redis://[^`]*)`").FindStringSubmatch(readFile(t, ".github/running.md"))
-	if address == nil {
-		t.Fatal("running.md names no REDIS_URL")
-	}
+	require(t, address != nil, "running.md names no REDIS_URL")
 	// Each right is one room's, which lacks just that. Only two at once need UNWATCH.
 	users, lacks := line+"\n", map[string]string{}
 	for _, right := range regexp.MustCompile(`[+~&]\S+`).FindAllString(line, -1) {
@@ -5260,9 +4924,7 @@ func TestLeastRights(t *testing.T) {
 	eventually(t, "a word to have gone out", func() bool { return r.do("TTL", user+":history").(int64) > 0 })
 	first.joined().changed("joined", "away", "wrote", "joined")
 	first.stop()
-	if got := newClient(t, startRoom(t, "-redis", login(user)).joined().url).newcomer(); !slices.Equal(got, []string{"hello"}) {
-		t.Errorf("after a restart the room holds %q, want hello", got)
-	}
+	same(t, newClient(t, startRoom(t, "-redis", login(user)).joined().url).newcomer(), []string{"hello"}, "after a restart the room holds")
 }
 
 // TestRedisTLS: what the log says of a Redis behind TLS whose certificate, its own authority, is trusted, is not,
@@ -5313,9 +4975,8 @@ func TestRedisTLS(t *testing.T) {
 				return
 			}
 			line.comes(2 * 3) // for three attempts, of which one is told
-			if log := room.log.String(); !strings.Contains(log, "answers: "+test.says) || strings.Count(log, "\n") != 1 {
-				t.Errorf("it logged %q, want %q, once", log, test.says)
-			}
+			log := room.log.String()
+			expect(t, strings.Contains(log, "answers: "+test.says) && strings.Count(log, "\n") == 1, "it logged %q, want %q, once", log, test.says)
 		})
 	}
 }
@@ -5352,9 +5013,7 @@ func TestCluster(t *testing.T) {
 			eventually(t, "the room to write back", func() bool { return strings.Contains(room.log.String(), "written back") })
 			c.insist("again")
 			room.changed("joined", "away", "wrote", "joined")
-			if got := newClient(t, nodes[at].room("-channel", "{chat}").url).newcomer(); !slices.Equal(got, []string{"hello", "again"}) {
-				t.Errorf("another room at this node holds %q, want hello and again", got)
-			}
+			same(t, newClient(t, nodes[at].room("-channel", "{chat}").url).newcomer(), []string{"hello", "again"}, "another room at this node holds")
 			channel := "chat"
 			if size > 1 {
 				channel = "{chat}"
@@ -5442,25 +5101,20 @@ func TestFailover(t *testing.T) {
 			at[0].insist("last-but-one")
 			at[1].insist("last")
 			all := at[1].newcomer()
-			if len(all) != int(accepted.Load())+2 || doubled(all) {
-				t.Errorf("the room holds %d messages, want the %d that were acknowledged, each once", len(all), accepted.Load()+2)
-			}
+			expect(t, len(all) == int(accepted.Load())+2 && !doubled(all),
+				"the room holds %d messages, want the %d that were acknowledged, each once", len(all), accepted.Load()+2)
 			wrote := written(t, rooms...)
-			if lags && wrote == 0 {
-				t.Error("the replica lacked nothing, so nothing is shown")
-			}
+			expect(t, !lags || wrote != 0, "the replica lacked nothing, so nothing is shown")
 			for i, s := range streams {
 				parts := betweenGaps(s.upTo("last")) // two that come together are told as one
-				if gaps, got := len(parts)-1, parts[len(parts)-1]; gaps > wrote || gaps < min(wrote, 1) || !slices.Equal(got, all) {
-					t.Errorf("reader %d was told %d gaps of %d, and then %d messages of %d in one order", i, gaps, wrote, len(got), len(all))
-				}
+				gaps, got := len(parts)-1, parts[len(parts)-1]
+				expect(t, gaps <= wrote && gaps >= min(wrote, 1) && slices.Equal(got, all),
+					"reader %d was told %d gaps of %d, and then %d messages of %d in one order", i, gaps, wrote, len(got), len(all))
 			}
 			if got := at[0].newcomer(); !slices.Equal(got, all) {
 				t.Errorf("the first room holds %d messages, the second %d, want the same", len(got), len(all))
 			}
-			if n := master.do("EXISTS", "chat:history", "chat:key"); n != int64(0) {
-				t.Errorf("the old master, which came back empty, has %d keys of the room, want none", n)
-			}
+			same(t, master.do("EXISTS", "chat:history", "chat:key"), any(int64(0)), "the old master, which came back empty, has")
 		})
 	}
 }
@@ -5487,9 +5141,7 @@ func TestCommandsOfAnIdleRoom(t *testing.T) {
 	post := commands() - before - idle
 	every := int(syncEvery / time.Second)
 	want := fmt.Sprintf("counts %d a minute for an idle process (%d every %d s) and %d for a post", idle*60/every, idle, every, post)
-	if !strings.Contains(inOneLine(readFile(t, ".github/running.md")), want) {
-		t.Errorf("running.md does not say that it %s", want)
-	}
+	expect(t, strings.Contains(inOneLine(readFile(t, ".github/running.md")), want), "running.md does not say that it %s", want)
 }
 
 // TestWhatIsLoggedWhileAway: of a Redis that is away for long, one line at the start, one for each other
@@ -5586,9 +5238,9 @@ func TestReconcile(t *testing.T) {
 			"a b b.f", "a G c b2", "a G c b2", false},
 	} {
 		log, forgot := reconcile(entries(test.mine), entries(test.list), 4)
-		if want := entries(test.want); !slices.Equal(log, want) || forgot != test.forgot {
-			t.Errorf("%s: mine %q and the list %q give\n%v, %v, want\n%v, %v", test.story, test.mine, test.list, log, forgot, want, test.forgot)
-		}
+		want := entries(test.want)
+		expect(t, slices.Equal(log, want) && forgot == test.forgot,
+			"%s: mine %q and the list %q give\n%v, %v, want\n%v, %v", test.story, test.mine, test.list, log, forgot, want, test.forgot)
 	}
 }
 
@@ -5607,6 +5259,9 @@ func TestReconcile(t *testing.T) {
 func TestModel(t *testing.T) {
 	t.Parallel()
 	first, runs := rand.Uint64()>>1, 300
+	if testing.Short() {
+		runs = 100
+	}
 	if seed, err := strconv.ParseUint(os.Getenv("CHAT_SEED"), 10, 64); err == nil {
 		first, runs = seed, 1
 	}
@@ -6314,16 +5969,12 @@ func TestMixedFaults(t *testing.T) {
 	}
 	if text := os.Getenv("CHAT_MIXED"); text != "" {
 		var err error
-		if length, err = time.ParseDuration(text); err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 	}
 	seed := rand.Uint64()
 	if text := os.Getenv("CHAT_SEED"); text != "" {
 		var err error
-		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 	}
 	for _, test := range []struct {
 		name  string
@@ -6582,9 +6233,7 @@ func (w *mixWriter) send(key string) bool {
 	case 503:
 		w.refused.Add(1)
 	default:
-		if w.others.Add(1) <= 5 {
-			w.t.Errorf("%s at %s: got %d, want 204 or 503", key, c.url, resp.StatusCode)
-		}
+		expect(w.t, w.others.Add(1) > 5, "%s at %s: got %d, want 204 or 503", key, c.url, resp.StatusCode)
 	}
 	return false
 }
@@ -6705,42 +6354,37 @@ func (m *mix) judge() {
 				got = append(got, key)
 			}
 		}
-		if i > 0 && !slices.Equal(got, log) {
-			m.t.Errorf("in the end process %d has other messages than process 0: %d and %d", i, len(got), len(log))
-		}
+		expect(m.t, i == 0 || slices.Equal(got, log), "in the end process %d has other messages than process 0: %d and %d", i, len(got), len(log))
 		log = got
 	}
 	missing, untold, doubled, gaps := 0, 0, 0, 0
 	for i, r := range m.readers {
 		missed, secret := r.missed(m.accepted)
 		missing, untold, doubled, gaps = missing+missed, untold+len(secret), doubled+len(r.doubled), gaps+r.gaps
-		if len(secret)+len(r.doubled) > 0 {
-			m.t.Errorf("reader %d (%q) did not get, and was not told of %q, and got twice %q", i, r.query, secret, r.doubled)
-		}
-		if n := min(len(log), len(r.order)); !slices.Equal(r.order[len(r.order)-n:], log[len(log)-n:]) {
-			m.t.Errorf("reader %d (%q) got another order than the processes have", i, r.query)
-		}
+		expect(m.t, len(secret)+len(r.doubled) <= 0,
+			"reader %d (%q) did not get, and was not told of %q, and got twice %q", i, r.query, secret, r.doubled)
+		n := min(len(log), len(r.order))
+		expect(m.t, slices.Equal(r.order[len(r.order)-n:], log[len(log)-n:]), "reader %d (%q) got another order than the processes have", i, r.query)
 	}
 	wrote := 0
 	for _, p := range m.ever {
 		wrote += strings.Count(p.log.String(), "redis had forgotten")
 	}
-	if m.keeps && (missing > 0 || gaps > 0 || wrote > 0) {
-		m.t.Errorf("%d messages are missing, %d gaps were told, and the list was written %d times, although Redis kept everything", missing, gaps, wrote)
-	}
+	expect(m.t, !m.keeps || missing == 0 && gaps == 0 && wrote == 0,
+		"%d messages are missing, %d gaps were told, and the list was written %d times, although Redis kept everything", missing, gaps, wrote)
 	m.t.Logf("| %d faults | %d accepted | %d lost | %d of them not told | %d doubled | %d gaps over %d readers, of %d writes | %d connections | 503: %d, no answer: %d, other: %d |",
 		m.faults.Load(), len(m.accepted), missing, untold, doubled, gaps, len(m.readers), wrote, m.reconnects.Load(), m.refused.Load(), m.unanswered.Load(), m.others.Load())
 }
 
 // ---- readers ----
 
-// quietReader asks for /stream on a connection with little room and reads nothing by itself.
-func quietReader(t testing.TB, url string) net.Conn {
+// quietReader asks for events on a connection with little room and reads nothing by itself.
+func quietReader(t testing.TB, url, request string) net.Conn {
 	t.Helper()
 	conn := dial(t, url)
 	conn.(*net.TCPConn).SetReadBuffer(64 << 10)
 	conn.SetReadDeadline(time.Now().Add(2 * patience))
-	io.WriteString(conn, rawGet("/stream"))
+	io.WriteString(conn, request)
 	return conn
 }
 
@@ -6748,9 +6392,7 @@ func quietReader(t testing.TB, url string) net.Conn {
 func answerOn(t testing.TB, from io.Reader) iter.Seq[event] {
 	t.Helper()
 	resp, err := http.ReadResponse(bufio.NewReaderSize(from, 1<<10), nil)
-	if err != nil {
-		t.Fatalf("reading the head of a stream: %v", err)
-	}
+	require(t, err == nil, "reading the head of a stream: %v", err)
 	return events(resp.Body)
 }
 
@@ -6841,39 +6483,47 @@ func (e event) number() int {
 // hold nobody up, and be gone in the end.
 func TestReadersThatNeverRead(t *testing.T) {
 	t.Parallel()
-	const readers, messages = 300, 1000
-	p := startProcess(t)
-	c := newClient(t, p.url)
-	c.sayMany(ringSize, kilobyte)
-	files, before := p.descriptors(), p.resident()
-	for range readers {
-		quietReader(t, p.url)
+	readers, messages := 300, 1000
+	if testing.Short() {
+		readers, messages = 100, 300
 	}
-	live := c.stream("", "")
-	live.until("ping")
-	slowest := time.Duration(0)
-	for i := range messages {
-		start := time.Now()
-		c.say(fmt.Sprint(i, kilobyte))
-		if got := live.message().number(); got != i {
-			t.Fatalf("somebody else heard %d, want %d", got, i)
-		}
-		slowest = max(slowest, time.Since(start))
-	}
-	if slowest > 10*time.Second {
-		t.Errorf("somebody else's message took %v", slowest)
-	}
-	if cost := p.unsent(); cost > 64<<10+blockSize || cost < 4<<10 {
-		t.Errorf("the kernel keeps %d bytes for one of them, want some and at most 64 KB and the last write", cost)
-	}
-	cost := (p.resident() - before) / readers
-	if cost > 64 {
-		t.Errorf("each of them costs %d KB, want at most 64", cost)
-	}
-	t.Logf("each costs %d KB, and at most %d bytes in the kernel; the slowest message took %v", cost, p.unsent(), slowest)
-	if !testing.Short() {
-		live.close()
-		within(t, 2*patience, "those who do not read to be cut off", func() bool { return p.descriptors() < files+10 })
+	for name, request := range map[string]func(i int) string{
+		"streams": func(int) string { return rawGet("/stream") },
+		"WebSockets, of which half want to be answered": func(i int) string {
+			return shake("/ws") + strings.Repeat(masked(0x89, strings.Repeat("p", 125)), 50*(i%2))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := startProcess(t)
+			c := newClient(t, p.url)
+			c.sayMany(ringSize, kilobyte)
+			files, before := p.descriptors(), p.resident()
+			for i := range readers {
+				quietReader(t, p.url, request(i))
+			}
+			live := c.stream("", "")
+			live.until("ping")
+			slowest := time.Duration(0)
+			for i := range messages {
+				start := time.Now()
+				c.say(fmt.Sprint(i, kilobyte))
+				got := live.message().number()
+				require(t, got == i, "somebody else heard %d, want %d", got, i)
+				slowest = max(slowest, time.Since(start))
+			}
+			expect(t, slowest <= 10*time.Second, "somebody else's message took %v", slowest)
+			kept := p.unsent()
+			expect(t, kept <= 64<<10+blockSize && kept >= 4<<10,
+				"the kernel keeps %d bytes for one of them, want some and at most 64 KB and the last write", kept)
+			cost := (p.resident() - before) / readers
+			expect(t, cost <= 64, "each of them costs %d KB, want at most 64", cost)
+			t.Logf("each costs %d KB, and at most %d bytes in the kernel; the slowest message took %v", cost, kept, slowest)
+			if !testing.Short() {
+				live.close()
+				within(t, 2*patience, "those who do not read to be cut off", func() bool { return p.descriptors() < files+10 })
+			}
+		})
 	}
 }
 
@@ -6885,7 +6535,7 @@ func TestSlowReader(t *testing.T) {
 		messages = 150
 	}
 	c := newClient(t, startRoom(t).url)
-	conn := quietReader(t, c.url)
+	conn := quietReader(t, c.url, rawGet("/stream"))
 	slow, feed := io.Pipe()
 	defer slow.Close()
 	go func() {
@@ -6897,57 +6547,48 @@ func TestSlowReader(t *testing.T) {
 			}
 		}
 	}()
-	for i := range messages {
-		c.say(fmt.Sprint(i, kilobyte))
-	}
-	i := 0
-	for e := range answerOn(t, slow) {
-		if e.kind == "ping" {
-			continue
-		}
-		if e.number() != i {
-			t.Fatalf("message %d is %s %.30q", i, e.kind, e.data)
-		}
-		if i++; i == messages {
+	together(2, func(who int) { // at once, or on a slow machine it would read nothing for too long
+		if who == 0 {
+			for i := range messages {
+				c.say(fmt.Sprint(i, kilobyte))
+			}
 			return
 		}
-	}
+		i := 0
+		for e := range answerOn(t, slow) {
+			if e.kind == "ping" {
+				continue
+			}
+			require(t, e.number() == i, "message %d is %s %.30q", i, e.kind, e.data)
+			if i++; i == messages {
+				return
+			}
+		}
+	})
 }
 
 // TestReaderBehindTheRing stops reading for more messages than anybody remembers.
 func TestReaderBehindTheRing(t *testing.T) {
-	t.Parallel()
-	const messages = 4500
-	s := newTestServer(t, t.Logf)
-	s.room.log.history = 200
-	front := httptest.NewUnstartedServer(nil)
-	front.Config = s.httpServer(t.Context())
-	front.Start()
-	defer front.Close()
-	all := answerOn(t, quietReader(t, front.URL)) // it has come
-	for _, m := range numbered(0, messages) {
-		s.room.log.append(entry{m.id, strings.TrimPrefix(m.line, "line ") + kilobyte})
-	}
-	expected, gaps := 0, 0
-	for e := range all {
-		switch {
-		case e.kind == "ping":
-		case e.kind == "gap":
-			gaps++
-			expected = messages - 200
-		case e.number() != expected:
-			t.Fatalf("after %d gaps message %d is %s %.30q", gaps, expected, e.kind, e.data)
-		default:
-			expected++
+	const messages, early = 4500, 10
+	synctest.Test(t, func(t *testing.T) {
+		l := newTestLog(t, 200, numbered(0, early))
+		defer l.close()
+		here, there := net.Pipe()
+		defer here.Close()
+		go (&stream{room: inMemory(l), conn: there, at: from("0")}).run()
+		synctest.Wait() // it writes, and nobody reads
+		for _, m := range numbered(early, messages-early) {
+			l.append(m)
 		}
-		if expected == messages {
-			break
+		want := lines(slices.Concat(numbered(0, early), []entry{{"", "(gap)"}}, numbered(messages-200, 200)))
+		var got []event
+		for e := range events(here) {
+			if got = append(got, e); e.data == want[len(want)-1] {
+				break
+			}
 		}
-	}
-	s.room.log.close()
-	if gaps != 1 {
-		t.Errorf("it was told %d gaps, want 1", gaps)
-	}
+		same(t, heard(got), want, "it is told")
+	})
 }
 
 // TestRelayThatStops has a proxy that stops copying and tells nobody.
@@ -6975,17 +6616,14 @@ func TestRelayThatHoldsBack(t *testing.T) {
 	behind := newClient(t, "http://"+line.addr)
 	c.say("one")
 	got := behind.poll("")
-	if !slices.Equal(heard(got), []string{"one"}) {
-		t.Errorf("polling gives %q, want the message", tell(got))
-	}
+	same(t, heard(got), []string{"one"}, "polling gives")
 	answered := make(chan []event)
 	start := time.Now()
 	go func() { answered <- behind.stream("wait=50s", got[len(got)-2].id).until("end") }()
 	line.comes(1)
 	c.say("two")
-	if got := heard(<-answered); !slices.Equal(got, []string{"two"}) || time.Since(start) > 25*time.Second {
-		t.Errorf("long polling gives %q after %v, want the message at once", got, time.Since(start))
-	}
+	same(t, heard(<-answered), []string{"two"}, "long polling gives")
+	expect(t, time.Since(start) <= 25*time.Second, "it takes %v, want the message at once", time.Since(start))
 }
 
 // TestComingAndGoing has many readers come and go in every way there is. What they took comes
@@ -6996,57 +6634,76 @@ func TestComingAndGoing(t *testing.T) {
 	if testing.Short() {
 		readers = 100
 	}
-	p := startProcess(t)
-	c := newClient(t, p.url)
-	c.say("hello")
-	ways := []func(*net.TCPConn){
-		func(conn *net.TCPConn) {},                                                 // FIN, after an answer
-		func(conn *net.TCPConn) { conn.SetLinger(0) },                              // RST
-		func(conn *net.TCPConn) { io.WriteString(conn, "x") },                      // a byte that nobody asked for
-		func(conn *net.TCPConn) { io.WriteString(conn, "GET / HTTP/1.1\r\n\r\n") }, // a second request
-		func(conn *net.TCPConn) { io.WriteString(conn, "x"); conn.SetLinger(0) },
-		func(conn *net.TCPConn) { conn.CloseWrite() },
+	sends := func(text string) func(*net.TCPConn) {
+		return func(conn *net.TCPConn) { io.WriteString(conn, text) }
 	}
-	files := p.descriptors()
-	var memory []int
-	for range rounds {
-		together(50, func(i int) {
-			for n := i; n < readers; n += 50 {
-				conn := quietReader(t, p.url).(*net.TCPConn)
-				if n%3 > 0 { // else gone before the answer
-					conn.Read(make([]byte, 2000))
-				}
-				ways[n%len(ways)](conn)
-				conn.Close()
+	reset := func(text string) func(*net.TCPConn) {
+		return func(conn *net.TCPConn) { io.WriteString(conn, text); conn.SetLinger(0) }
+	}
+	half := func(conn *net.TCPConn) { conn.CloseWrite() }
+	for _, test := range []struct {
+		name, request string
+		ways          []func(*net.TCPConn)
+	}{
+		{"streams", rawGet("/stream"), []func(*net.TCPConn){
+			sends(""),                       // FIN, after an answer
+			reset(""),                       // RST
+			sends("x"),                      // a byte that nobody asked for
+			sends("GET / HTTP/1.1\r\n\r\n"), // a second request
+			reset("x"), half}},
+		{"WebSockets", shake("/ws"), []func(*net.TCPConn){
+			sends(""), reset(""), half,
+			sends(masked(0x88, "\x03\xe8")),          // as it should
+			sends(announce(0x81, 65536, "abcd", "")), // in the middle of a frame
+			reset("\xff\xff"),                        // breaking the rules
+			sends(masked(0x01, "data: x")),           // in the middle of a message
+			reset("x"),
+			sends(say("x") + "\x89")}}, // with a post
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			p := startProcess(t)
+			c := newClient(t, p.url)
+			c.say("hello")
+			files := p.descriptors()
+			var memory []int
+			for range rounds {
+				together(50, func(i int) {
+					for n := i; n < readers; n += 50 {
+						conn := quietReader(t, p.url, test.request).(*net.TCPConn)
+						if n%3 > 0 { // else gone before the answer
+							conn.Read(make([]byte, 2000))
+						}
+						test.ways[n%len(test.ways)](conn)
+						conn.Close()
+					}
+				})
+				eventually(t, "the descriptors to come back", func() bool {
+					if testing.Short() {
+						c.say("hello") // shows who is gone sooner than the next ping
+					}
+					return p.descriptors() <= files+2
+				})
+				memory = append(memory, p.resident())
 			}
+			expect(t, memory[1] <= memory[0]+10<<10, "after %d readers, and twice as many, it holds %d KB", readers, memory)
+			left := p.goroutines()
+			expect(t, left <= 5, "%d goroutines are left, want about 3", left)
 		})
-		eventually(t, "the descriptors to come back", func() bool {
-			if testing.Short() {
-				c.say("hello") // shows who is gone sooner than the next ping
-			}
-			return p.descriptors() <= files+2
-		})
-		memory = append(memory, p.resident())
-	}
-	if memory[1] > memory[0]+10<<10 {
-		t.Errorf("it holds %d KB after %d readers and %d KB after twice as many", memory[0], readers, memory[1])
-	}
-	if n := p.goroutines(); n > 5 {
-		t.Errorf("%d goroutines are left, want about 3", n)
 	}
 }
 
 // Who is one connection too many is told, and let go.
 func TestOneConnectionTooMany(t *testing.T) {
-	s := newTestServer(t, t.Logf)
+	s := newTestServer(t, &config{}, t.Logf)
 	s.maxConns = 0
 	here, _ := net.Pipe()
 	defer here.Close()
 	w := httptest.NewRecorder()
 	s.ServeHTTP(w, httptest.NewRequestWithContext(s.opened(t.Context(), here), "GET", "/healthz", nil))
-	if h := w.Header(); w.Code != 503 || h.Get("Retry-After") == "" || h.Get("Connection") != "close" {
-		t.Errorf("got %d with %v, want 503, when to come back, and an end of the connection", w.Code, h)
-	}
+	h := w.Header()
+	expect(t, w.Code == 503 && h.Get("Retry-After") != "" && h.Get("Connection") == "close",
+		"got %d with %v, want 503, when to come back, and an end of the connection", w.Code, h)
 }
 
 // TestFewDescriptors fills a process that may open 120 files, with streams or with connections that ask
@@ -7064,7 +6721,7 @@ func TestFewDescriptors(t *testing.T) {
 	var crowd []net.Conn
 	streams, refused := 0, 0
 	for range 100 {
-		conn := quietReader(t, p.url)
+		conn := quietReader(t, p.url, rawGet("/stream"))
 		crowd = append(crowd, conn)
 		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		switch {
@@ -7077,9 +6734,7 @@ func TestFewDescriptors(t *testing.T) {
 			t.Errorf("a stream: got %d with Retry-After %q, want 200, or 503 with one", resp.StatusCode, resp.Header.Get("Retry-After"))
 		}
 	}
-	if streams < 50 || refused < 10 {
-		t.Errorf("%d streams were opened and %d refused, want 50 and 10 at least", streams, refused)
-	}
+	expect(t, streams >= 50 && refused >= 10, "%d streams were opened and %d refused, want 50 and 10 at least", streams, refused)
 	c.say("the room goes on")
 	for range 100 { // connections that ask for nothing
 		if conn, err := net.DialTimeout("tcp", strings.TrimPrefix(p.url, "http://"), patience); err == nil {
@@ -7087,12 +6742,9 @@ func TestFewDescriptors(t *testing.T) {
 			defer conn.Close()
 		}
 	}
-	if got := rawRequest(t, p.url, raw("GET /healthz HTTP/1.1", "Host: test", "Connection: close")); got.status != 503 && got.status != 0 {
-		t.Errorf("one more connection than there may be: got %d, want 503 or nothing", got.status)
-	}
-	if got := strings.Count(p.log.String(), " full: "); got != 1 {
-		t.Errorf("the log says %d times that it is full, want once", got)
-	}
+	got := rawRequest(t, p.url, raw("GET /healthz HTTP/1.1", "Host: test", "Connection: close"))
+	expect(t, got.status == 503 || got.status == 0, "one more connection than there may be: got %d, want 503 or nothing", got.status)
+	same(t, strings.Count(p.log.String(), " full: "), 1, "the log says")
 	r.cut()
 	eventually(t, "Redis to be dialled again", func() bool { return slices.Equal(p.changes(), []string{"joined", "away", "joined"}) })
 	for _, conn := range crowd {
@@ -7104,16 +6756,11 @@ func TestFewDescriptors(t *testing.T) {
 		c.attempt(fmt.Sprint("hello-again-", n)) // shows the room who is gone
 		return c.get("/stream?wait=0").status == 200
 	})
-	if got := c.newcomer(); got[0] != "the room goes on" {
-		t.Errorf("a newcomer gets %q, want what was said first", got)
-	}
+	same(t, c.newcomer()[0], "the room goes on", "a newcomer gets first")
 	p.changed("joined", "away", "joined")
 }
 
 // ---- the server, and a proxy in front of it that can fail ----
-
-// startChat starts a room and returns its address, http://host:port.
-func startChat(t *testing.T, args ...string) string { return startRoom(t, args...).url }
 
 // A pageRelay stands between browser and server, and does to the traffic what networks do.
 type pageRelay struct {
@@ -7147,9 +6794,7 @@ func (p *pageRelay) url() string {
 
 func (p *pageRelay) start() {
 	l, err := net.Listen("tcp", p.addr)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	must(p.t, err)
 	p.addr = l.Addr().String()
 	p.server = &http.Server{Handler: p}
 	go p.server.Serve(l)
@@ -7157,6 +6802,8 @@ func (p *pageRelay) start() {
 
 // stop ends every connection at once, as a killed server does.
 func (p *pageRelay) stop() { p.server.Close() }
+
+func (p *pageRelay) restart() { p.stop(); p.start() }
 
 // set changes the relay's behaviour.
 func (p *pageRelay) set(change func()) { p.mu.Lock(); defer p.mu.Unlock(); change() }
@@ -7181,15 +6828,17 @@ func (p *pageRelay) send(frames string) {
 	}
 }
 
+// says has a message come, by the clock of "10:00:00", and waits until the browser shows it.
+func (p *pageRelay) says(b *browser, who, text string) {
+	b.t.Helper()
+	p.send(frame(id(), "[10:00:00] "+who+": "+text))
+	b.hasText(text)
+}
+
 // until waits for what is seen at the relay.
 func (p *pageRelay) until(what string, isSo func() bool) {
 	p.t.Helper()
-	now := func() (so bool) { p.set(func() { so = isSo() }); return so }
-	for deadline := time.Now().Add(10 * time.Second); !now(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			p.t.Fatalf("not so: %s", what)
-		}
-	}
+	within(p.t, 10*time.Second, what, func() (so bool) { p.set(func() { so = isSo() }); return so })
 }
 
 // opens waits until more than n streams have been opened.
@@ -7301,9 +6950,7 @@ func startBrowser(t *testing.T, args ...string) *browser {
 	})
 	b := &browser{t: t, session: "http://" + addr + "/session"}
 	profile, err := os.MkdirTemp("", "chat-browser-")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() {
 		try(b, "DELETE", "", nil, new(any))
 		driver.interrupt()
@@ -7328,16 +6975,22 @@ func startBrowser(t *testing.T, args ...string) *browser {
 		"alwaysMatch": map[string]any{"goog:chromeOptions": options,
 			"goog:loggingPrefs": map[string]string{"browser": "ALL", "performance": "ALL"}}}})
 	b.session += "/" + created.SessionID
+	b.inject(short)
 	return b
+}
+
+// inject has a script run in each document of this tab, before those of the page.
+func (b *browser) inject(script string) {
+	b.t.Helper()
+	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": script})
 }
 
 // call sends one WebDriver command and decodes its value.
 func call[T any](b *browser, method, path string, body any) T {
 	b.t.Helper()
 	var value struct{ Value T }
-	if err := try(b, method, path, body, &value); err != nil {
-		b.t.Fatalf("%s %s: %v", method, path, err)
-	}
+	err := try(b, method, path, body, &value)
+	require(b.t, err == nil, "%s %s: %v", method, path, err)
 	return value.Value
 }
 
@@ -7377,10 +7030,7 @@ func (b *browser) open(url string) {
 // js runs a function body in the page and returns what it returns.
 func js[T any](b *browser, script string, args ...any) T {
 	b.t.Helper()
-	if args == nil {
-		args = []any{}
-	}
-	return call[T](b, "POST", "/execute/sync", map[string]any{"script": script, "args": args})
+	return call[T](b, "POST", "/execute/sync", map[string]any{"script": script, "args": append([]any{}, args...)})
 }
 
 // wait waits until the JS expression is true.
@@ -7391,17 +7041,20 @@ func (b *browser) wait(what, expression string, args ...any) {
 
 func (b *browser) waitFor(what string, d time.Duration, expression string, args ...any) {
 	b.t.Helper()
-	if args == nil {
-		args = []any{}
-	}
-	for deadline := time.Now().Add(d); ; time.Sleep(20 * time.Millisecond) {
-		var got struct{ Value any }
-		err := try(b, "POST", "/execute/sync", map[string]any{"script": "return !!(" + expression + ")", "args": args}, &got)
-		if err == nil && got.Value == true {
-			return
-		}
-		if time.Now().After(deadline) {
-			b.t.Fatalf("%s: not within %v (%v)", what, d, err)
+	err := b.becomes(d, expression, args...)
+	require(b.t, err == nil, "%s: not within %v (%v)", what, d, err)
+}
+
+// becomes waits until a JS expression is true, and returns why it is not.
+func (b *browser) becomes(d time.Duration, expression string, args ...any) error {
+	script := map[string]any{"script": "return !!(" + expression + ")", "args": append([]any{}, args...)}
+	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		var got struct{ Value bool }
+		err := try(b, "POST", "/execute/sync", script, &got)
+		if err == nil && got.Value {
+			return nil
+		} else if time.Since(start) > d {
+			return cmp.Or(err, errors.New("it is false"))
 		}
 	}
 }
@@ -7454,6 +7107,7 @@ func (b *browser) newTab() string {
 	b.t.Helper()
 	tab := call[struct{ Handle string }](b, "POST", "/window/new", map[string]any{"type": "tab"}).Handle
 	b.toTab(tab)
+	b.inject(short)
 	return tab
 }
 
@@ -7462,6 +7116,13 @@ func (b *browser) tab() string { b.t.Helper(); return call[string](b, "GET", "/w
 func (b *browser) toTab(tab string) {
 	b.t.Helper()
 	call[any](b, "POST", "/window", map[string]any{"handle": tab})
+}
+
+// enter opens a page of the room and waits until it is live.
+func (b *browser) enter(url string) {
+	b.t.Helper()
+	b.open(url)
+	b.wait("the page is live", "document.body.dataset.state === 'live'")
 }
 
 // settle waits until the page has drawn what it was told: events of scrolling and of sizes are over.
@@ -7482,6 +7143,9 @@ func (b *browser) login(url, name string) {
 // say writes a message and presses Enter.
 func (b *browser) say(text string) { b.t.Helper(); b.keys("#text", text+"\uE007") }
 
+// says is say for what is seen in the log then.
+func (b *browser) says(text string) { b.t.Helper(); b.say(text); b.hasText(text) }
+
 // hasText waits until the log holds a row with this text.
 func (b *browser) hasText(text string) {
 	b.t.Helper()
@@ -7496,18 +7160,8 @@ type check struct{ what, js string }
 func (b *browser) checks(list ...check) {
 	b.t.Helper()
 	for _, c := range list {
-		var got struct{ Value any }
-		script := map[string]any{"script": "return !!(" + c.js + ")", "args": []any{}}
-		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-			err := try(b, "POST", "/execute/sync", script, &got)
-			if err == nil && got.Value == true {
-				break
-			}
-			if time.Now().After(deadline) {
-				b.t.Errorf("not so: %s (%s) %v", c.what, c.js, err)
-				break
-			}
-		}
+		err := b.becomes(10*time.Second, c.js)
+		expect(b.t, err == nil, "not so: %s (%s) %v", c.what, c.js, err)
 	}
 }
 
@@ -7533,8 +7187,7 @@ const short = `
 func visit(t *testing.T, args ...string) (*browser, *pageRelay) {
 	t.Helper()
 	b := startBrowser(t, args...)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
-	p := startPageRelay(t, startChat(t, "-rate", "0"))
+	p := startPageRelay(t, startRoom(t).url)
 	b.login(p.url(), "小明")
 	return b, p
 }
@@ -7542,7 +7195,6 @@ func visit(t *testing.T, args ...string) (*browser, *pageRelay) {
 func TestPageTwoPeople(t *testing.T) {
 	a, p := visit(t)
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	b.login(p.url(), "Ada")
 
 	a.checks(
@@ -7598,9 +7250,8 @@ func TestPageTwoPeople(t *testing.T) {
 	a.click("#log .more")
 	a.checks(check{"all of them", "count('界'.repeat(4000)) === 1"})
 
-	if tries, messages := p.posts(); tries != 6 || messages != 6 {
-		t.Errorf("six messages, none blank, none too long: %d POSTs, %d keys", tries, messages)
-	}
+	tries, messages := p.posts()
+	expect(t, tries == 6 && messages == 6, "six messages, none blank, none too long: %d POSTs, %d keys", tries, messages)
 
 	js[any](a, `navigator.clipboard === undefined || console.error('a secure context')`)
 	a.click("#logout button")
@@ -7614,8 +7265,7 @@ func TestPageText(t *testing.T) {
 		"<b>bold</b>", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;i&gt; &amp;",
 		"javascript:alert(1)", "</template><h1>x", "{{.Name}}", "a\tb  c", "\u202eabc", `"quotes' and \n`, "e\u0301 👩‍💻 ½",
 	} {
-		p.send(frame(id(), "[10:00:00] 李雷: "+text))
-		b.hasText(text)
+		p.says(b, "李雷", text)
 		b.checks(check{"markup stays text: " + text, "!$('#log .row:last-child .text').children.length"})
 	}
 	for _, c := range []struct{ text, links string }{
@@ -7636,14 +7286,11 @@ func TestPageText(t *testing.T) {
 		{"http://chat.test@evil.example/ https://a:b@evil.example/", ""},
 		{"http:///evil.example", ""},
 	} {
-		p.send(frame(id(), "[10:00:00] 李雷: "+c.text))
-		b.hasText(c.text)
-		if got := js[string](b, "return [...$('#log .row:last-child .text').querySelectorAll('a')].map((a) => a.textContent).join(' ')"); got != c.links {
-			t.Errorf("%.200q has the links %.200q, want %.200q", c.text, got, c.links)
-		}
+		p.says(b, "李雷", c.text)
+		same(t, js[string](b, "return [...$('#log .row:last-child .text').querySelectorAll('a')].map((a) => a.textContent).join(' ')"), c.links,
+			"%.200q has the links", c.text)
 	}
-	p.send(frame(id(), "[10:00:00] 李雷: a link https://example.com/"))
-	b.hasText("a link https://example.com/")
+	p.says(b, "李雷", "a link https://example.com/")
 	b.checks(check{"a link tells its target nothing", `(a => a.rel === 'noopener noreferrer nofollow' && a.target === '_blank' && a.href === 'https://example.com/')($('#log .row:last-child a'))`})
 
 	for _, c := range []struct{ text, want string }{
@@ -7672,9 +7319,7 @@ func TestPageText(t *testing.T) {
 	b.wait("a block", "$('#log .row:last-child pre') && $('#log .row:last-child pre').textContent.startsWith('func')")
 	b.click("#log .row:last-child .copy")
 	b.checks(check{"its button says what it did", "$('#log .row:last-child .copy').textContent === 'Copied'"})
-	if got := b.pasted(); got != "func main() {\n\tx()\n}" {
-		t.Errorf("the button of a block copied %q", got)
-	}
+	same(t, b.pasted(), "func main() {\n\tx()\n}", "the button of a block copied")
 	b.checks(check{"and what it is for", "$('#log .row:last-child .copy').textContent === 'Copy'"})
 
 	lines := strings.Repeat("line\n", 29) + "last"
@@ -7683,13 +7328,12 @@ func TestPageText(t *testing.T) {
 	b.checks(check{"the button stands in line with the text", `(() => {
 		const left = (node) => { const r = document.createRange(); r.selectNodeContents(node); return r.getBoundingClientRect().left; };
 		return Math.abs(left($('#log .more').firstChild) - left($('#log .row:last-child .text').firstChild)) < .5; })()`})
-	p.send(frame(id(), "[10:00:00] 李雷: the next one"))
-	b.hasText("the next one")
+	p.says(b, "李雷", "the next one")
 	js[any](b, "getSelection().setBaseAndExtent(row(arguments[0]).querySelector('.text').firstChild, 0, row('the next one').querySelector('.text').firstChild, 3)", strings.Repeat("line\n", 9)+"line")
 	b.command("copy")
-	if got := strings.Join(strings.Fields(b.pasted()), " "); !strings.HasPrefix(got, strings.ReplaceAll(lines, "\n", " ")) || !strings.HasSuffix(got, "the") || strings.Contains(got, "Show") {
-		t.Errorf("a folded text and the next one are copied as %q", got)
-	}
+	got := strings.Join(strings.Fields(b.pasted()), " ")
+	expect(t, strings.HasPrefix(got, strings.ReplaceAll(lines, "\n", " ")) && strings.HasSuffix(got, "the") && !strings.Contains(got, "Show"),
+		"a folded text and the next one are copied as %q", got)
 	b.checks(check{"and it is folded as before", "texts().at(-2) === 'line\\n'.repeat(9) + 'line'"})
 	b.click("#log .more")
 	b.hasText(lines)
@@ -7712,8 +7356,7 @@ func TestPageText(t *testing.T) {
 	p.send(frame("0.abcdefgh", "hi there: from <redis-cli>"))
 	b.hasText("hi there: from <redis-cli>")
 	b.checks(check{"a foreign line is text without an author", "!$('#log .row:last-child .who')"})
-	p.send(frame(id(), "[10:00:00] שרה: שלום everybody"))
-	b.hasText("שלום everybody")
+	p.says(b, "שרה", "שלום everybody")
 	p.send(frame(id(), "[10:00:00] שרה: שלום `a = 1` https://example.com/a?b=1"))
 	b.wait("code and a link in it", "$('#log .row:last-child code') && $('#log .row:last-child a')")
 	b.checks(check{"code and links go from left to right in any text, and turn nothing around them", "['code', 'a'].every((css) => (s => s.direction === 'ltr' && s.unicodeBidi === 'isolate')(getComputedStyle($('#log .row:last-child ' + css))))"})
@@ -7721,8 +7364,7 @@ func TestPageText(t *testing.T) {
 	p.send(gapAndPing)
 	b.checks(check{"a gap is a line", "$('#log .gap') && $('#log .gap').textContent === 'Messages may be missing here'"})
 	p.send(frame("the-same-id-twice-1", "[10:00:00] 李雷: twice") + frame("the-same-id-twice-1", "[10:00:00] 李雷: twice"))
-	p.send(frame(id(), "[10:00:00] 李雷: after it"))
-	b.hasText("after it")
+	p.says(b, "李雷", "after it")
 	b.checks(check{"an id is shown once", "count('twice') === 1"})
 }
 
@@ -7752,13 +7394,12 @@ func id() string { lastID++; return fmt.Sprintf("id-of-a-test-%06d", lastID) }
 // plain ones.
 func TestPageHostileTexts(t *testing.T) {
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	const messages = 200
 	fill := func(text string) (url string) {
-		url = startChat(t, "CHAT_KEY=the sessions of one room hold in the others", "-rate", "0")
-		say := httpClient(t, url, "Ada")
+		url = startRoom(t, "CHAT_KEY=the sessions of one room hold in the others").url
+		ada := newClient(t, url).login("Ada")
 		for range messages {
-			say(text)
+			ada.say(text)
 		}
 		b.login(url, "小明")
 		return url
@@ -7791,9 +7432,7 @@ func TestPageHostileTexts(t *testing.T) {
 			ratio = float64(opens(url)) / float64(usual)
 		}
 		t.Logf("%s: %.1f times as long as plain texts, at try %d", c.what, ratio, tries)
-		if ratio > 3 {
-			t.Errorf("%s: %.1f times as long as plain texts", c.what, ratio)
-		}
+		expect(t, ratio <= 3, "%s: %.1f times as long as plain texts", c.what, ratio)
 		b.checks(
 			check{c.what + " is folded", "$$('.more').length === $$('#log .row').length || $('#log .text').textContent.length < 500"},
 			check{c.what + " has at most 81 pieces, none of them empty", "$$('#log .text').every((n) => n.childNodes.length <= 82 && [...n.childNodes].every((c) => c.textContent || c.localName === 'span'))"},
@@ -7825,9 +7464,8 @@ func TestPageIME(t *testing.T) {
 			key("keyUp", 13)
 		}
 		b.checks(check{"the Enter that confirms a word sends nothing (" + order + ")", "$('#text').value === '" + text + "'"})
-		if tries, _ := p.posts(); tries != 0 {
-			t.Errorf("%s: %d POSTs", order, tries)
-		}
+		tries, _ := p.posts()
+		expect(t, tries == 0, "%s: %d POSTs", order, tries)
 		key("keyDown", 13)
 		key("keyUp", 13)
 		b.checks(check{"the next Enter sends it once (" + order + ")", "$('#text').value === '' && count('" + text + "') === 1"})
@@ -7843,9 +7481,8 @@ func TestPageIME(t *testing.T) {
 			box.focus(); tell('compositionstart'); box.value = "ni'hao"; tell('input')`)
 		b.click("#send")
 		time.Sleep(200 * time.Millisecond) // for what must not be sent
-		if tries, _ := p.posts(); tries != 0 {
-			t.Errorf("letters that are becoming a word are sent: %d POSTs", tries)
-		}
+		tries, _ := p.posts()
+		expect(t, tries == 0, "letters that are becoming a word are sent: %d POSTs", tries)
 		js[any](b, order, text)
 		b.checks(check{"Send sends what they become: " + order, "$('#text').value === '' && count('" + text + "') === 1"})
 		b.checks(check{"and the field has the focus", "document.activeElement === $('#text')"})
@@ -7880,9 +7517,8 @@ func TestPageFaults(t *testing.T) {
 	once("in order 2")
 	b.checks(check{"in order", "texts().indexOf('in order 1') === texts().indexOf('in order 2') - 1"})
 	p.set(func() { p.delay = 0 })
-	if tries, messages := p.posts(); tries != 3 || messages != 3 {
-		t.Errorf("three messages, one POST at a time: %d POSTs, %d keys", tries, messages)
-	}
+	tries, messages := p.posts()
+	expect(t, tries == 3 && messages == 3, "three messages, one POST at a time: %d POSTs, %d keys", tries, messages)
 
 	// Answers that are none.
 	p.set(func() { p.swallow, p.keys = true, nil })
@@ -7905,9 +7541,8 @@ func TestPageFaults(t *testing.T) {
 		once(text)
 		var keys []string
 		p.set(func() { keys = slices.DeleteFunc(slices.Clone(p.keys), func(key string) bool { return !isNew(key) }) })
-		if len(keys) < 2 || len(slices.Compact(slices.Sorted(slices.Values(keys)))) != 1 {
-			t.Errorf("a message that is refused first is posted with the keys %q", keys)
-		}
+		expect(t, len(keys) >= 2 && len(slices.Compact(slices.Sorted(slices.Values(keys)))) == 1,
+			"a message that is refused first is posted with the keys %q", keys)
 	}
 
 	// Answers that are final.
@@ -7933,8 +7568,7 @@ func TestPageFaults(t *testing.T) {
 	b.say("refused")
 	b.checks(check{"what is refused says so", "$('#unsent .row[data-state=failed] .fate').innerText.replace(/\\s+/g, ' ') === 'Not sent Retry Delete'"})
 	fault(0)
-	b.say("passes it")
-	b.hasText("passes it")
+	b.says("passes it")
 	b.click("#unsent [value=retry]")
 	once("refused")
 	fault(400)
@@ -7962,8 +7596,7 @@ func TestPageFaults(t *testing.T) {
 	p.start()
 	b.waitFor("it comes back by itself", 20*time.Second, "state() === 'live'")
 	b.checks(check{"after ten minutes it goes only by Retry", "$$('#unsent [data-state=failed]').length === 2"})
-	b.say("young")
-	b.hasText("young")
+	b.says("young")
 	b.checks(check{"which the others wait for", "count('old') === 0 && $$('#unsent .row').length === 2"})
 	b.click("#unsent [value=retry]")
 	b.hasText("for a minute")
@@ -7977,9 +7610,8 @@ func TestPageFaults(t *testing.T) {
 	lost := time.Now()
 	b.checks(check{"a short loss is not worth a banner", "state() === 'live'"})
 	b.wait("the banner", "state() === 'reconnecting'")
-	if d := time.Since(lost); d < 1500*time.Millisecond {
-		t.Errorf("the banner came after %v", d)
-	}
+	d := time.Since(lost)
+	expect(t, d >= 1500*time.Millisecond, "the banner came after %v", d)
 	b.checks(check{"it says what it is", "$('#status').textContent === 'Connection lost. Reconnecting… You can keep writing.' && $('#status').getBoundingClientRect().width > innerWidth / 2"})
 	online := "Object.defineProperty(navigator, 'onLine', { value: arguments[0], configurable: true }); dispatchEvent(new Event(arguments[0] ? 'online' : 'offline'))"
 	js[any](b, online, false)
@@ -8000,8 +7632,7 @@ func TestPageFaults(t *testing.T) {
 	// An answer of 503 ends an EventSource for good.
 	var before int
 	p.set(func() { p.status["/stream"], before = 503, len(p.opened) })
-	p.stop()
-	p.start()
+	p.restart()
 	p.opens(before, "the stream is asked for again")
 	b.wait("lost", "state() === 'reconnecting'")
 	p.set(func() { p.status["/stream"] = 0 })
@@ -8040,16 +7671,14 @@ func TestPageFaults(t *testing.T) {
 	b.checks(check{"under the new name", "row('a letter of 小明').querySelector('bdi').textContent === '小明明'"})
 
 	p.set(func() { p.status["/stream"] = 401 })
-	p.stop()
-	p.start()
+	p.restart()
 	b.wait("a stream that wants a session: the login page", "location.pathname === '/login'")
 }
 
 // A message whose event is lost: the gap tells of it, before or after the answer.
 func TestPageOwnMessageInAGap(t *testing.T) {
 	b, p := visit(t)
-	p.send(frame(id(), "[10:00:00] Ada: before"))
-	b.hasText("before")
+	p.says(b, "Ada", "before")
 	gap := func(n int) {
 		t.Helper()
 		p.send(gapAndPing)
@@ -8115,15 +7744,13 @@ func TestPageKeys(t *testing.T) {
 	b.hasText("last")
 	var before int
 	p.set(func() { before = len(p.opened); p.status["/stream"] = 503 })
-	p.stop()
-	p.start()
+	p.restart()
 	p.opens(before, "the stream is asked for again")
 	p.set(func() { before = len(p.opened); p.status["/stream"] = 0 })
 	p.opens(before, "and again")
 	p.set(func() {
-		if query, _ := url.ParseQuery(p.opened[len(p.opened)-1]); query.Get("after") != "key-of-a-message-last~cdefghij" {
-			t.Errorf("reopened by %q, want the whole id", query)
-		}
+		query, _ := url.ParseQuery(p.opened[len(p.opened)-1])
+		expect(t, query.Get("after") == "key-of-a-message-last~cdefghij", "reopened by %q, want the whole id", query)
 	})
 }
 
@@ -8175,8 +7802,7 @@ func TestPageHistoryAgain(t *testing.T) {
 // The worker knows the place of a gap, whose id is one like any other's.
 func TestPageWorkerKnowsGaps(t *testing.T) {
 	b, p := visit(t)
-	b.say("before")
-	b.hasText("before")
+	b.says("before")
 	p.send("event: gap\nid: gap-1111111111111111~abcdefgh\ndata:\n\n" + frame("key-of-a-message-h~abcdefgh", "[10:00:00] Ada: history") +
 		"event: ping\nid: gap-2222222222222222~abcdefgh\ndata:\n\n" + frame("key-of-a-message-l~abcdefgh", "[10:00:00] Ada: live"))
 	b.hasText("live")
@@ -8194,9 +7820,7 @@ func TestPageWorkerKnowsGaps(t *testing.T) {
 				port.postMessage({ bye: true });
 				done(data.map((e) => e.type).join(' '));
 			}; })`, after)
-		if got != want {
-			t.Errorf("a tab that comes back with %s is told %q, want %q", after, got, want)
-		}
+		same(t, got, want, "a tab that comes back with %s is told", after)
 	}
 }
 
@@ -8211,8 +7835,7 @@ func TestPageStorm(t *testing.T) {
 		b.say(fmt.Sprintf("storm %d", i))
 		switch chance.IntN(6) {
 		case 0:
-			p.stop()
-			p.start()
+			p.restart()
 		case 1:
 			p.set(func() { p.swallow = !p.swallow })
 		case 2:
@@ -8239,14 +7862,13 @@ func TestPageStorm(t *testing.T) {
 // Back from another page, perhaps out of the browser's cache, whose stream is of unknown health.
 func TestPageBack(t *testing.T) {
 	b, p := visit(t)
-	b.say("before")
-	b.hasText("before")
-	other := httpClient(t, p.target, "Ada")
+	b.says("before")
+	other := newClient(t, p.target).login("Ada")
 	b.open(p.url() + "/login")
-	other("meanwhile")
+	other.say("meanwhile")
 	call[any](b, "POST", "/back", nil)
 	b.waitFor("what came meanwhile", 4*time.Second, "count('meanwhile') === 1")
-	other("after")
+	other.say("after")
 	b.hasText("after")
 	t.Log("from the cache:", js[bool](b, "return performance.getEntriesByType('navigation')[0].type !== 'back_forward'"))
 	b.checks(check{"each once", "count('before') === 1 && count('meanwhile') === 1 && count('after') === 1 && !$('.gap') && state() === 'live'"})
@@ -8255,13 +7877,13 @@ func TestPageBack(t *testing.T) {
 // Whoever is quick writes before the script is here: the page is open, the network is slow.
 func TestPageTypedEarly(t *testing.T) {
 	b, p := visit(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": `
+	b.inject(`
 		new MutationObserver((_, observer) => { // scripts of the page run when all of it is read
 			const box = document.getElementById('text');
 			if (!box) return;
 			observer.disconnect();
 			box.value = window.name;
-		}).observe(document, { childList: true, subtree: true });`})
+		}).observe(document, { childList: true, subtree: true });`)
 	for _, c := range []struct{ what, draft, early, want string }{
 		{"nothing typed early: the draft", "a draft", "", "a draft"},
 		{"typed early, without a draft", "", "quick", "quick"},
@@ -8283,42 +7905,19 @@ func TestPageHeldBack(t *testing.T) {
 	b, p := visit(t)
 	p.set(func() { p.hold, p.opened = true, nil })
 	b.say("before")
-	p.stop()
-	p.start()
+	p.restart()
 	b.waitFor("behind a relay that holds answers back the page is live", 30*time.Second,
 		"state() === 'live' && count('before') === 1")
-	other := httpClient(t, p.target, "Ada")
+	other := newClient(t, p.target).login("Ada")
 	for i := range 3 {
 		text := fmt.Sprintf("through the relay %d", i)
-		other(text)
+		other.say(text)
 		b.waitFor(text, 20*time.Second, "count(arguments[0]) === 1", text)
 		b.checks(check{"it stays live", "state() === 'live'"})
 	}
 	p.set(func() {
-		if !strings.Contains(strings.Join(p.opened, " "), "wait=25s") {
-			t.Errorf("streams were opened by %q", p.opened)
-		}
+		expect(t, strings.Contains(strings.Join(p.opened, " "), "wait=25s"), "streams were opened by %q", p.opened)
 	})
-}
-
-// httpClient logs in without a browser and returns a function that posts.
-func httpClient(t *testing.T, base, name string) func(text string) {
-	t.Helper()
-	jar, _ := cookiejar.New(nil)
-	client := &http.Client{Jar: jar, Timeout: 10 * time.Second}
-	post := func(path string, form url.Values) {
-		t.Helper()
-		res, err := client.PostForm(base+path, form)
-		if err != nil {
-			t.Fatal(err)
-		}
-		res.Body.Close()
-		if res.StatusCode >= 300 {
-			t.Fatalf("POST %s: %s", path, res.Status)
-		}
-	}
-	post("/login", url.Values{"user": {name}})
-	return func(text string) { t.Helper(); post("/post", url.Values{"message": {text}}) }
 }
 
 func TestPageTabs(t *testing.T) {
@@ -8326,21 +7925,15 @@ func TestPageTabs(t *testing.T) {
 	first := b.tab()
 	for range 7 {
 		b.newTab()
-		b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
-		b.open(p.url())
-		b.wait("live", "state() === 'live'")
+		b.enter(p.url())
 	}
-	b.say("from the eighth tab")
-	b.hasText("from the eighth tab")
+	b.says("from the eighth tab")
 	p.set(func() {
-		if len(p.opened) != 1 {
-			t.Errorf("eight tabs have opened %d streams, not one for all", len(p.opened))
-		}
+		same(t, len(p.opened), 1, "eight tabs have opened")
 	})
 	b.toTab(first)
 	b.hasText("from the eighth tab")
 	b.newTab()
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	b.open(p.url())
 	b.hasText("from the eighth tab") // a new tab gets the history
 
@@ -8363,8 +7956,7 @@ func TestPageTabs(t *testing.T) {
 	b.keys("#text", "a draft of the first tab")
 	b.checks(check{"a tab keeps its draft", "sessionStorage.getItem('chat').includes('first tab')"})
 	second := b.newTab()
-	b.open(p.url())
-	b.wait("live", "document.body.dataset.state === 'live'")
+	b.enter(p.url())
 	b.click("#logout button")
 	b.wait("logged out", "location.pathname === '/login'")
 	b.toTab(first)
@@ -8377,27 +7969,16 @@ func TestPageTabs(t *testing.T) {
 
 func TestPageWithoutWorker(t *testing.T) {
 	b := startBrowser(t)
-	p := startPageRelay(t, startChat(t, "-rate", "0"))
+	p := startPageRelay(t, startRoom(t).url)
 	without := func() {
-		b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + `
+		b.inject(`
 			delete window.SharedWorker;
 			const every = window.setInterval; // half a minute becomes half a second
-			window.setInterval = (f, ms) => every(f, ms / 60);`})
+			window.setInterval = (f, ms) => every(f, ms / 60);`)
 	}
 	streams := func(want int, what string) {
 		t.Helper()
-		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-			p.mu.Lock()
-			n := len(p.streams)
-			p.mu.Unlock()
-			if n == want {
-				return
-			}
-			if time.Now().After(deadline) {
-				t.Errorf("%s: %d streams, want %d", what, n, want)
-				return
-			}
-		}
+		p.until(what, func() bool { return len(p.streams) == want })
 	}
 	without()
 	b.login(p.url(), "小明")
@@ -8407,8 +7988,7 @@ func TestPageWithoutWorker(t *testing.T) {
 	streams(1, "a tab that is alone keeps its stream, hidden or not")
 	b.newTab()
 	without()
-	b.open(p.url())
-	b.wait("live", "state() === 'live'")
+	b.enter(p.url())
 	streams(1, "a hidden tab lets go when another one has a stream")
 	b.say("to the hidden one")
 	js[any](b, "hide(false)") // stays as it is, wherever the driver goes
@@ -8430,17 +8010,15 @@ func TestPageWithoutWorker(t *testing.T) {
 	js[any](b, "const now = Date.now; Date.now = () => now() + 25000; hide(false)")
 	p.opens(before, "after 25 s of silence, a look at the page opens a new stream")
 	p.set(func() {
-		if query := p.opened[len(p.opened)-1]; !strings.Contains(query, "after=") {
-			t.Errorf("reopened by %q", query)
-		}
+		query := p.opened[len(p.opened)-1]
+		expect(t, strings.Contains(query, "after="), "reopened by %q", query)
 	})
 
 	// Eight tabs: the hidden ones let go, so that the next one loads.
 	for range 7 {
 		b.newTab()
 		without()
-		b.open(p.url())
-		b.wait("live", "state() === 'live'")
+		b.enter(p.url())
 		js[any](b, "hide(true)")
 	}
 	b.say("from the eighth tab")
@@ -8452,8 +8030,7 @@ func TestPageWithoutWorker(t *testing.T) {
 // A server that has not found its room yet says "wait", and pings: that is not a connection.
 func TestPageWait(t *testing.T) {
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
-	p := startPageRelay(t, startChat(t))
+	p := startPageRelay(t, startRoom(t).url)
 	p.instead = "event: wait\ndata:\n\nevent: ping\ndata:\n\n"
 	b.open(p.url() + "/login")
 	b.keys("#user", "Ada\uE007")
@@ -8462,22 +8039,20 @@ func TestPageWait(t *testing.T) {
 	time.Sleep(300 * time.Millisecond) // time to believe it
 	b.checks(check{"the page does not claim to be live, or the room to be empty", "state() === 'connecting' && !seen($('#empty'))"})
 	p.set(func() { p.instead = "" })
-	p.stop()
-	p.start()
+	p.restart()
 	b.wait("then it is, and says so", "state() === 'live' && seen($('#empty'))")
 }
 
 // A worker that never answers is one that the page does without.
 func TestPageDeadWorker(t *testing.T) {
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short +
-		`window.SharedWorker = class { port = { postMessage() {} } };
+	b.inject(`
+		window.SharedWorker = class { port = { postMessage() {} } };
 		const later = window.setTimeout; // forty seconds become four
-		window.setTimeout = (f, ms) => later(f, ms > 30000 ? ms / 10 : ms);`})
-	p := startPageRelay(t, startChat(t))
+		window.setTimeout = (f, ms) => later(f, ms > 30000 ? ms / 10 : ms);`)
+	p := startPageRelay(t, startRoom(t).url)
 	b.login(p.url(), "小明")
-	b.say("without it")
-	b.hasText("without it")
+	b.says("without it")
 	p.opens(1, "silence for 38 s: a new stream")
 	b.checks(check{"which is live", "state() === 'live' && count('without it') === 1"})
 }
@@ -8486,7 +8061,7 @@ func TestPageDeadWorker(t *testing.T) {
 // asks for what follows the last message it has.
 func TestPageWorkerStartedAnew(t *testing.T) {
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + `
+	b.inject(`
 		window.asked = [];
 		window.SharedWorker = class {
 			constructor() {
@@ -8499,8 +8074,8 @@ func TestPageWorkerStartedAnew(t *testing.T) {
 				};
 				port2.postMessage([{ type: 'hello' }]);
 			}
-		};`})
-	p := startPageRelay(t, startChat(t))
+		};`)
+	p := startPageRelay(t, startRoom(t).url)
 	b.login(p.url(), "小明")
 	b.wait("the page asks for all", "JSON.stringify(asked) === '[\"\"]'")
 	js[any](b, `worker.postMessage([{ type: 'message', id: arguments[0], text: '[12:00:00] Ada: before' }, { type: 'ping', id: arguments[0] }])`, keyA)
@@ -8516,11 +8091,9 @@ func TestPageWorkerStartedAnew(t *testing.T) {
 // anew.
 func TestPageOutOfTheCache(t *testing.T) {
 	b, p := visit(t)
-	b.say("kept")
-	b.hasText("kept")
+	b.says("kept")
 	for _, page := range []string{"/", "/lesson"} {
-		b.open(p.url() + page)
-		b.wait(page+" is live", "state() === 'live'")
+		b.enter(p.url() + page)
 		js[any](b, "window.old = true; dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
 		b.wait(page+" starts anew", "!window.old && state() === 'live'")
 	}
@@ -8529,9 +8102,9 @@ func TestPageOutOfTheCache(t *testing.T) {
 // In Safari the field does not grow by itself, and the log does not keep its place.
 func TestPageKeepsItsPlaceInSafari(t *testing.T) {
 	b, p := visit(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": `
+	b.inject(`
 		const supports = CSS.supports.bind(CSS);
-		CSS.supports = (what, ...value) => !['field-sizing', 'overflow-anchor'].includes(what) && supports(what, ...value);`})
+		CSS.supports = (what, ...value) => !['field-sizing', 'overflow-anchor'].includes(what) && supports(what, ...value);`)
 	b.open(p.url())
 	many := func(n int, text string) {
 		var s strings.Builder
@@ -8573,11 +8146,9 @@ func TestPageNewTabWhileLost(t *testing.T) {
 		b, p := visit(t)
 		var before int
 		p.set(func() { c.lose(p); before = len(p.opened) })
-		p.stop()
-		p.start()
+		p.restart()
 		p.opens(before+c.opens-1, c.what+": the stream is asked for again")
 		b.newTab()
-		b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 		b.open(p.url())
 		b.wait(c.what+": a new tab says that the stream is lost", "state() === 'reconnecting'")
 	}
@@ -8627,8 +8198,7 @@ func TestPageScroll(t *testing.T) {
 	b.checks(check{"End goes to the end", "bottom() < 2"})
 	js[any](b, "$('#log').scrollTop = 2000")
 	b.settle()
-	b.say("mine")
-	b.hasText("mine")
+	b.says("mine")
 	b.checks(check{"so does a message of one's own", "bottom() < 2"})
 
 	js[any](b, `$('#log').scrollTop -= 1; $('#text').value = '\n\n\n\n'; $('#text').dispatchEvent(new Event('input'))`)
@@ -8678,12 +8248,8 @@ func TestPageScroll(t *testing.T) {
 	rates := js[[]float64](b, "const s = (performance.now() - from) / 1000; return [frames / s, flushes / s]")
 	b.cdp("Emulation.setCPUThrottlingRate", map[string]any{"rate": 1})
 	t.Logf("50 messages a second, processor six times slower: %.0f frames, %.1f changes of the page a second", rates[0], rates[1])
-	if rates[1] > 10.5 {
-		t.Errorf("%.1f flushes a second", rates[1])
-	}
-	if live != "off" {
-		t.Errorf("at 50 messages a second aria-live is %v", live)
-	}
+	expect(t, rates[1] <= 10.5, "%.1f flushes a second", rates[1])
+	same(t, live, "off", "at 50 messages a second aria-live is")
 	b.wait("all are there", "texts().at(-1).endsWith('number 249')")
 	time.Sleep(2100 * time.Millisecond)
 	p.send(frame(id(), "[11:00:00] Ada: calm again"))
@@ -8821,10 +8387,9 @@ func TestPageDays(t *testing.T) {
 // The session is over: the room was in memory, and has been started anew.
 func TestPageComingBack(t *testing.T) {
 	b, p := visit(t)
-	other := startChat(t, "-rate", "0")
+	other := startRoom(t).url
 	p.set(func() { p.target = other })
-	p.stop()
-	p.start()
+	p.restart()
 	b.waitFor("the new room", 20*time.Second, "state() === 'live'")
 	b.say("a letter")
 	b.wait("it wants a session", "location.pathname === '/login'")
@@ -8852,33 +8417,25 @@ func TestLoginLeadsBack(t *testing.T) {
 		"/": "/", "/?view=other": "/", "/?next=//evil.example": "/"} {
 		c := newClient(t, room.url)
 		got := c.get(page)
-		if got.status != 303 || got.header.Get("Location") != "/login" {
-			t.Errorf("GET %s: %d to %q", page, got.status, got.header.Get("Location"))
-		}
+		expect(t, got.status == 303 && got.header.Get("Location") == "/login", "GET %s: %d to %q", page, got.status, got.header.Get("Location"))
 		c.do("POST", "/login", form("user", "", "password", "blue whale")) // refused, and still known
 		got = c.do("POST", "/login", form("user", "Ada", "password", "blue whale"))
-		if got.status != 303 || got.header.Get("Location") != want {
-			t.Errorf("the login after GET %s: %d to %q, want %q", page, got.status, got.header.Get("Location"), want)
-		}
+		expect(t, got.status == 303 && got.header.Get("Location") == want,
+			"the login after GET %s: %d to %q, want %q", page, got.status, got.header.Get("Location"), want)
 		got = c.do("POST", "/login", form("user", "Ada", "password", "blue whale"))
-		if got.header.Get("Location") != "/" {
-			t.Errorf("the next login after GET %s leads to %q", page, got.header.Get("Location"))
-		}
+		same(t, got.header.Get("Location"), "/", "the next login after GET %s leads to", page)
 	}
 	for _, value := range []string{"//evil.example", "https%3A%2F%2Fevil.example", "%2Flogout", "%zz"} {
 		c := newClient(t, room.url)
 		got := c.do("POST", "/login", form("user", "Ada", "password", "blue whale"), "Cookie: "+nextName+"="+value)
-		if got.header.Get("Location") != "/" {
-			t.Errorf("a login with the cookie %s leads to %q", value, got.header.Get("Location"))
-		}
+		same(t, got.header.Get("Location"), "/", "a login with the cookie %s leads to", value)
 	}
 }
 
 // Without script a page says that it needs one, and offers nothing that half works.
 func TestPageWithoutScript(t *testing.T) {
 	b := startBrowser(t)
-	url := startChat(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
+	url := startRoom(t).url
 	b.login(url, "小明")
 	b.cdp("Emulation.setScriptExecutionDisabled", map[string]any{"value": true})
 	for _, page := range []string{"/", "/lesson", "/?view=projector"} {
@@ -8916,9 +8473,7 @@ func TestPageSizes(t *testing.T) {
 	before := js[[]float64](b, sizes)
 	js[any](b, "document.documentElement.style.fontSize = '150%'")
 	for i, after := range js[[]float64](b, sizes) {
-		if math.Abs(after-1.5*before[i]) > .01 {
-			t.Errorf("with type half again as large text %d is %v px instead of %v", i, after, 1.5*before[i])
-		}
+		expect(t, math.Abs(after-1.5*before[i]) <= .01, "with type half again as large text %d is %v px instead of %v", i, after, 1.5*before[i])
 	}
 
 	// What an extension puts beside the field.
@@ -8928,13 +8483,10 @@ func TestPageSizes(t *testing.T) {
 	place := js[string](b, places)
 	js[any](b, "const n = document.createElement('grammar-helper'); n.style.cssText = 'display: block; width: 60px; height: 90px'; $('#text').after(n)")
 	b.settle()
-	if got := js[string](b, places); got != place {
-		t.Errorf("a node beside the field moves things from %s to %s", place, got)
-	}
+	same(t, js[string](b, places), place, "a node beside the field moves things from")
 
 	// On a wall: as large in the hall, whatever the projector's pixels.
-	b.open(p.url() + "/?view=projector")
-	b.wait("live", "state() === 'live'")
+	b.enter(p.url() + "/?view=projector")
 	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("to be read from the last row ", 9)))
 	b.wait("a text", "texts().at(-1)?.startsWith('to be read')")
 	letters := map[int]float64{}
@@ -8948,9 +8500,7 @@ func TestPageSizes(t *testing.T) {
 			check{fmt.Sprintf("%d px: it says what Space does", width), "seen($('.space')) && $('.space').textContent === 'Space pauses'"},
 		)
 	}
-	if letters[1920] < 40 || math.Abs(letters[3840]-2*letters[1920]) > 1 {
-		t.Errorf("letters of %v px", letters)
-	}
+	expect(t, letters[1920] >= 40 && math.Abs(letters[3840]-2*letters[1920]) <= 1, "letters of %v px", letters)
 }
 
 // Whose message it is, is decided by the keys that this browser has sent, not by a name that
@@ -8958,10 +8508,8 @@ func TestPageSizes(t *testing.T) {
 func TestPageOwn(t *testing.T) {
 	b, p := visit(t)
 	own := func(text string) string { return fmt.Sprintf("row('%s').classList.contains('own')", text) }
-	b.say("mine")
-	b.hasText("mine")
-	p.send(frame(id(), "[10:00:00] 小明: not mine"))
-	b.hasText("not mine")
+	b.says("mine")
+	p.says(b, "小明", "not mine")
 	b.checks(check{"a message of this browser is marked, one under the same name is not", own("mine") + " && !" + own("not mine")},
 		check{"they do not stand together", "!row('not mine').classList.contains('follows')"})
 	js[any](b, "hide(true)")
@@ -8972,13 +8520,11 @@ func TestPageOwn(t *testing.T) {
 	b.open(p.url())
 	b.wait("reloaded", "row('mine')")
 	b.checks(check{"a reload knows its own", own("mine")})
-	b.open(p.url() + "/lesson")
-	b.wait("the lesson", "state() === 'live'")
+	b.enter(p.url() + "/lesson")
 	b.keys("#message", "from the lesson\uE007")
 	b.wait("it is sent", "$('#message').value === ''")
 	first := b.tab()
 	b.newTab()
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short})
 	b.open(p.url())
 	b.hasText("from the lesson")
 	b.checks(check{"so does another tab, also of what the lesson sent", own("mine") + " && " + own("from the lesson")})
@@ -8991,8 +8537,7 @@ func TestPageOwn(t *testing.T) {
 	b.checks(check{"and of what is sent while it is open", own("from the first tab")})
 	js[any](b, "hide(true)")
 	b.toTab(first)
-	b.say("from the first tab again")
-	b.hasText("from the first tab again")
+	b.says("from the first tab again")
 	b.toTab(call[[]string](b, "GET", "/window/handles", nil)[1])
 	js[any](b, "hide(false)")
 	b.hasText("from the first tab again")
@@ -9017,15 +8562,11 @@ func TestPageLooks(t *testing.T) {
 	p.send(frame(id(), "[10:00:00] Ada: "+long))
 	p.send(frame(id(), "[10:00:00] 李雷: ```\n"+long+"\n```\nhttps://example.com/"+long+" `"+long+"` plain"))
 	p.send(frame(id(), "[10:00:00] "+strings.Repeat("W", 24)+": hello"))
-	b.say("my own")
-	b.hasText("my own")
+	b.says("my own")
 	p.send(gapAndPing)
 	b.hasText("my own")
 	b.checks(check{"the time is small", "getComputedStyle(row('hello').querySelector('time')).fontSize === '12px'"})
-	for _, colour := range []string{"light", "dark"} {
-		b.media(map[string]string{"prefers-color-scheme": colour})
-		b.colours(colour)
-	}
+	b.lightAndDark("chat")
 	b.media(map[string]string{"forced-colors": "active"})
 	b.colours("forced colours")
 	b.checks(
@@ -9040,20 +8581,23 @@ func TestPageLooks(t *testing.T) {
 	b.say("waits")
 	b.wait("the banner", "state() === 'reconnecting'")
 	b.checks(check{"nothing moves for who wants no motion", "document.getAnimations().length === 0"})
-	for _, colour := range []string{"light", "dark"} {
-		b.media(map[string]string{"prefers-color-scheme": colour})
-		b.colours(colour + ", lost")
-	}
+	b.lightAndDark("chat, lost")
 	b.widths("chat")
 	p.start()
 	b.open(p.url() + "/login")
 	js[any](b, "document.forms[0].noValidate = true; document.getElementById('user').value = 'a:b'; document.forms[0].submit()")
 	b.wait("an error", "$('#error')")
-	for _, colour := range []string{"light", "dark"} {
-		b.media(map[string]string{"prefers-color-scheme": colour})
-		b.colours(colour + ", login")
-	}
+	b.lightAndDark("login")
 	b.widths("login")
+}
+
+// lightAndDark measures the contrast of what is seen in both.
+func (b *browser) lightAndDark(what string) {
+	b.t.Helper()
+	for _, scheme := range []string{"light", "dark"} {
+		b.media(map[string]string{"prefers-color-scheme": scheme})
+		b.colours(what + ", " + scheme)
+	}
 }
 
 // widths looks for what is cut off, too small to touch, or too small to read.
@@ -9146,9 +8690,7 @@ func TestPageStructure(t *testing.T) {
 		{"fr", "en", nil},
 	} {
 		b, p := visit(t, "--accept-lang="+c.lang)
-		if got := js[string](b, "return document.documentElement.lang"); got != c.html {
-			t.Errorf("Accept-Language %s: a page in %q, want %q", c.lang, got, c.html)
-		}
+		same(t, js[string](b, "return document.documentElement.lang"), c.html, "Accept-Language %s: a page in", c.lang)
 		b.checks(c.list...)
 		if c.lang != "en-US,zh" {
 			continue
@@ -9176,8 +8718,7 @@ func TestPageStructure(t *testing.T) {
 func TestPageProjector(t *testing.T) {
 	b, p := visit(t)
 	b.size(1920, 1080)
-	b.open(p.url() + "/?view=projector")
-	b.wait("live", "state() === 'live'")
+	b.enter(p.url() + "/?view=projector")
 	send := func(n int, text string) {
 		for i := range n {
 			p.send(frame(id(), fmt.Sprintf("[10:00:00] Ada: %s %d", text, i)))
@@ -9219,10 +8760,8 @@ func TestPageClean(t *testing.T) {
 	p.send(frame(id(), "[10:00:00] Ada: unread"))
 	b.wait("unread", "document.title.startsWith('(1)')")
 	js[any](b, "hide(false)")
-	b.open(p.url() + "/?view=projector")
-	b.wait("live", "state() === 'live'")
-	b.open(p.url())
-	b.wait("live", "state() === 'live'")
+	b.enter(p.url() + "/?view=projector")
+	b.enter(p.url())
 	b.click("#logout button")
 	b.wait("logged out", "location.pathname === '/login'")
 
@@ -9239,43 +8778,20 @@ func TestPageClean(t *testing.T) {
 		}
 		asked++
 		for _, m := range origin.FindAllStringSubmatch(e.Message, -1) {
-			if !strings.HasPrefix(m[1], p.url()) {
-				t.Errorf("a request to %s", m[1])
-			}
+			expect(t, strings.HasPrefix(m[1], p.url()), "a request to %s", m[1])
 		}
 	}
-	if asked < 10 {
-		t.Errorf("only %d requests were seen", asked)
-	}
+	expect(t, asked >= 10, "only %d requests were seen", asked)
 
 	// The size of the page: HTML, style and scripts as they come from the server.
-	jar, _ := cookiejar.New(nil)
-	client := &http.Client{Jar: jar}
-	total := 0
-	for _, path := range []string{"/login", "/", "/assets/chat.css", "/assets/chat.js", "/assets/stream.js", "/assets/outbox.js", "/assets/text.js", "/assets/keys.js"} {
-		res, err := client.PostForm(p.target+"/login", url.Values{"user": {"Ada"}})
-		if err == nil {
-			res.Body.Close()
-			res, err = client.Get(p.target + path)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, _ := io.ReadAll(res.Body)
-		res.Body.Close()
-		if path != "/login" {
-			total += len(body)
-		}
-		for _, m := range regexp.MustCompile(`(?:src|href)="(/assets/[^"]*)"`).FindAllSubmatch(body, -1) {
-			if res, err := client.Get(p.target + string(m[1])); err != nil || res.StatusCode != 200 {
-				t.Errorf("%s names %s: %v %v", path, m[1], res.Status, err)
-			}
-		}
+	c, total := newClient(t, p.target).login("Ada"), 0
+	for _, path := range []string{"/", "/assets/chat.css", "/assets/chat.js", "/assets/stream.js", "/assets/outbox.js", "/assets/text.js", "/assets/keys.js"} {
+		got := c.get(path)
+		same(t, got.status, 200, "GET %s", path)
+		total += len(got.body)
 	}
 	t.Logf("HTML, CSS and JS of the chat page: %d bytes", total)
-	if total > 75_000 {
-		t.Errorf("HTML, CSS and JS of the chat page: %d bytes", total)
-	}
+	expect(t, total <= 75_000, "HTML, CSS and JS of the chat page: %d bytes", total)
 }
 
 // The oldest browsers that README promises. What they lack is not used, or has something else to
@@ -9283,9 +8799,8 @@ func TestPageClean(t *testing.T) {
 func TestPageFloor(t *testing.T) {
 	floor := []float64{86, 78, 15.4} // Chromium, Firefox, Safari
 	readme := readFile(t, "README.md")
-	if want := fmt.Sprintf("Chromium %v, Firefox %v, Safari %v", floor[0], floor[1], floor[2]); !strings.Contains(readme, want) {
-		t.Errorf("README.md does not promise %s", want)
-	}
+	want := fmt.Sprintf("Chromium %v, Firefox %v, Safari %v", floor[0], floor[1], floor[2])
+	expect(t, strings.Contains(readme, want), "README.md does not promise %s", want)
 	var style, script string
 	for _, kind := range []struct {
 		ext  string
@@ -9345,54 +8860,34 @@ func TestPageFloor(t *testing.T) {
 			continue
 		}
 		for i, since := range f.since {
-			if since > floor[i] {
-				t.Errorf("%s: %s has it since %v, and is promised from %v", f.name, []string{"Chromium", "Firefox", "Safari"}[i], since, floor[i])
-			}
+			expect(t, since <= floor[i],
+				"%s: %s has it since %v, and is promised from %v", f.name, []string{"Chromium", "Firefox", "Safari"}[i], since, floor[i])
 		}
 	}
 }
 
-// Every text is there in both languages, is used, and is what the templates and the script ask for.
+// Every text is there in both languages, is used, and is what the templates and the scripts ask for.
 func TestPageStrings(t *testing.T) {
-	read := func(name string) string {
-		t.Helper()
-		b, err := os.ReadFile(filepath.Join("assets", name))
-		if err != nil {
-			t.Fatal(err)
+	texts := newTestServer(t, &config{}, t.Logf).texts
+	asks, blank := regexp.MustCompile(`(?:\bT\.|say\(')([a-z_]+)`), regexp.MustCompile(`{\w}`)
+	used := []string{"connecting", "live", "reconnecting", "offline", // T[state]
+		"name_empty", "name_long", "name_chars", "password_wrong", "too_many"} // .Error
+	for _, name := range []string{"chat", "lesson", "login"} {
+		page, script := readFile(t, "assets/"+name+".html"), ""
+		if name != "login" {
+			script = readFile(t, "assets/"+name+".js")
 		}
-		return string(b)
-	}
-	var strs map[string]map[string]string
-	if err := json.Unmarshal([]byte(read("strings.json")), &strs); err != nil {
-		t.Fatal(err)
-	}
-	for _, key := range allMatches(regexp.MustCompile(`(?:\bT\.|say\(')([a-z_]+)`), read("chat.js")) {
-		if !strings.Contains(read("chat.html"), `data-key="`+key+`">{{.T.`+key+`}}<`) {
-			t.Errorf("chat.js asks for %s, which chat.html does not give it", key)
+		for _, key := range allMatches(asks, script) {
+			expect(t, strings.Contains(page, `data-key="`+key+`">{{.T.`+key+`}}<`), "%s.js asks for %s, which its page does not give it", name, key)
 		}
+		used = append(used, allMatches(asks, page+script)...)
 	}
-	used := map[string]bool{"connecting": true, "live": true, "reconnecting": true, "offline": true, // T[state]
-		"name_empty": true, "name_long": true, "name_chars": true, "password_wrong": true, "too_many": true} // .Error
-	for _, m := range regexp.MustCompile(`(?:\.?\bT\.|say\(')([a-z_]+)`).FindAllStringSubmatch(
-		read("chat.html")+read("login.html")+read("chat.js"), -1) {
-		used[m[1]] = true
-	}
-	blank := regexp.MustCompile(`{[a-z]}`)
-	for key := range used {
-		for _, lang := range []string{"en", "zh"} {
-			if strings.TrimSpace(strs[lang][key]) == "" {
-				t.Errorf("%s lacks %q", lang, key)
-			}
-		}
-		if en, zh := blank.FindString(strs["en"][key]), blank.FindString(strs["zh"][key]); en != zh {
-			t.Errorf("%s has %q in English and %q in Chinese", key, en, zh)
-		}
-	}
-	for lang, table := range strs {
-		for key := range table {
-			if !used[key] && !strings.HasPrefix(key, "lesson_") { // those are the lesson's
-				t.Errorf("%s: nothing uses %q", lang, key)
-			}
+	slices.Sort(used)
+	for lang, other := range map[string]string{"en": "zh", "zh": "en"} {
+		same(t, slices.Sorted(maps.Keys(texts[lang])), slices.Compact(slices.Clone(used)), "texts in %s, and what is used", lang)
+		for key, text := range texts[lang] {
+			expect(t, strings.TrimSpace(text) != "", "%s lacks %q", lang, key)
+			same(t, blank.FindAllString(text, -1), blank.FindAllString(texts[other][key], -1), "the blanks of %s in %s and %s", key, lang, other)
 		}
 	}
 }
@@ -9412,9 +8907,8 @@ const lessonScript = `
 func openLesson(t *testing.T, url string, args ...string) *browser {
 	t.Helper()
 	b := startBrowser(t, args...)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + lessonScript})
-	b.open(url + "/lesson")
-	b.wait("all three receive", "state() === 'live'")
+	b.inject(lessonScript)
+	b.enter(url + "/lesson")
 	return b
 }
 
@@ -9457,9 +8951,8 @@ func TestLessonCounts(t *testing.T) {
 
 	time.Sleep(10*time.Second - time.Since(begun))
 	got := js[[]int](b, "return each('requests')")
-	if got[0] < 4 || got[0] > 7 || got[1] < 2 || got[1] > 4 || got[2] != 1 {
-		t.Errorf("after 10 s polling, long polling and SSE made %v requests, want 4 to 7, 2 to 4, and 1", got)
-	}
+	expect(t, got[0] >= 4 && got[0] <= 7 && got[1] >= 2 && got[1] <= 4 && got[2] == 1,
+		"after 10 s polling, long polling and SSE made %v requests, want 4 to 7, 2 to 4, and 1", got)
 	b.checks(check{"as many bars", "ways.every((name) => way(name).querySelectorAll('.strip .bar').length === num(name, 'requests'))"},
 		check{"polling's are mostly empty", "way('polling').querySelectorAll('[data-state=empty]').length >= 2"},
 		check{"and its others are full", "[1, 2].includes(way('polling').querySelectorAll('[data-state=full]').length)"},
@@ -9467,9 +8960,7 @@ func TestLessonCounts(t *testing.T) {
 
 	head, body := twin.read()
 	b.checks(check{"the header's size", fmt.Sprintf("Number($('#head').textContent) === %d", head)})
-	if got := js[int](b, "return num('sse', 'bytes')"); got != head+body {
-		t.Errorf("SSE received %d bytes by the page's count, %d by ours", got, head+body)
-	}
+	same(t, js[int](b, "return num('sse', 'bytes')"), head+body, "SSE received")
 	empty := len("retry: 2000\n") + len(pingAt(first))
 	messages := body - empty // the rest of the twin's: the same two messages
 	b.wait("polling's bytes are exact", "num('polling', 'bytes') === num('polling', 'requests') * arguments[0] + arguments[1]", head+empty, messages)
@@ -9494,9 +8985,8 @@ func TestLessonCounts(t *testing.T) {
 		performance.now = clock;
 		return [after[0] - before[0], after[1] - before[1], Math.sign(before[0] - bars)];
 	})()`)
-	if !slices.Equal(left, []int{0, 0, 1}) {
-		t.Errorf("35 s later polling has %d more requests, %d more bytes, and fewer bars %d; want 0, 0, 1", left[0], left[1], left[2])
-	}
+	expect(t, slices.Equal(left, []int{0, 0, 1}),
+		"35 s later polling has %d more requests, %d more bytes, and fewer bars %d; want 0, 0, 1", left[0], left[1], left[2])
 	// A browser keeps 250 entries at most, unless they are thrown away.
 	b.checks(check{"read entries are thrown away", "performance.getEntriesByType('resource').length < 3"})
 }
@@ -9511,9 +9001,7 @@ func TestLessonCountsAGap(t *testing.T) {
 	b := openLesson(t, strings.Replace(room.url, "127.0.0.1", "chat.test", 1))
 	told := js[int](b, "return num('sse', 'bytes')")
 	before, ok := redis.do("RPOP", "chat:history").([]byte)
-	if !ok {
-		t.Fatal("the list is empty")
-	}
+	require(t, ok, "the list is empty")
 	id, line, _ := strings.Cut(string(before), " ")
 	elsewhere := entry{lessonKey(1) + "~aaaaaaaa", "[12:00:00] 小明: elsewhere"}
 	redis.do("RPUSH", "chat:history", elsewhere.id+" "+elsewhere.line)
@@ -9522,10 +9010,9 @@ func TestLessonCountsAGap(t *testing.T) {
 	gap, _, _ := strings.Cut(redis.history()[2], " ")
 	told += 2*len(encode(elsewhere)) + len(encode(entry{id, line})) + len(encode(entry{gap, gapLine})) + len(pingAt(gap))
 	b.wait("what comes after the gap", "num('sse', 'messages') === 3 && num('sse', 'bytes') >= arguments[0]", told)
-	if more := js[int](b, "return num('sse', 'bytes')") - told; more%len(pingFrame) != 0 || more > 3*len(pingFrame) {
-		t.Errorf("SSE received %d bytes more than the messages, the gap and the ping, want pings of %d, at most three",
-			more, len(pingFrame))
-	}
+	more := js[int](b, "return num('sse', 'bytes')") - told
+	expect(t, more%len(pingFrame) == 0 && more <= 3*len(pingFrame),
+		"SSE received %d bytes more than the messages, the gap and the ping, want pings of %d, at most three", more, len(pingFrame))
 }
 
 // Firefox often measures that a stream which the page broke off ended where it began. Its bar stays
@@ -9533,13 +9020,13 @@ func TestLessonCountsAGap(t *testing.T) {
 func TestLessonBarThatWasBrokenOff(t *testing.T) {
 	t.Parallel()
 	b := startBrowser(t)
-	b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + lessonScript + `
+	b.inject(lessonScript + `
 		window.cut = 0; // times that the end of SSE was read
 		Object.defineProperty(PerformanceResourceTiming.prototype, 'responseEnd', { get() {
 			if (new URL(this.name).pathname === '/stream' && !this.name.includes('wait=')) window.cut++;
 			return this.responseStart;
 		} });
-		window.barWidth = () => way('sse').querySelector('.bar').getBoundingClientRect().width;`})
+		window.barWidth = () => way('sse').querySelector('.bar').getBoundingClientRect().width;`)
 	b.open(strings.Replace(startRoom(t).url, "127.0.0.1", "chat.test", 1) + "/lesson")
 	b.wait("a bar of a second and more", "state() === 'live' && barWidth() > 30")
 	b.click("#break")
@@ -9603,9 +9090,8 @@ func TestLessonLosesNothing(t *testing.T) {
 	b.wait("three is sent", "$('#message').value === ''")
 	four := person.sayAs(lessonKey(4), "four\nand its second line")
 	time.Sleep(2500 * time.Millisecond)
-	if after := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens(""); after != before {
-		t.Errorf("%d requests while the connections are broken", after-before)
-	}
+	after := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens("")
+	expect(t, after == before, "%d requests while the connections are broken", after-before)
 	b.checks(check{"nothing comes meanwhile", "each('messages').join() === '1,1,1'"})
 	b.click("#break")
 	b.wait("what was missed", "each('messages').join() === '4,4,4'")
@@ -9634,17 +9120,14 @@ func TestLessonLosesNothing(t *testing.T) {
 	before = p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens("")
 	person.postKey(lessonKey(5), "five")
 	time.Sleep(2500 * time.Millisecond)
-	if after := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens(""); after != before {
-		t.Errorf("a hidden tab made %d requests", after-before)
-	}
+	same(t, p.lessonOpens("0")+p.lessonOpens("25s")+p.lessonOpens(""), before, "requests since the tab is hidden, and before")
 	js[any](b, "hide(false)")
 	b.wait("it comes back", "each('messages').join() === '5,5,5'")
 
 	// A server that refuses: an EventSource gives up for good, the page does not.
 	came := []int{p.lessonOpens("0"), p.lessonOpens("25s"), p.lessonOpens("")}
 	p.set(func() { p.status["/stream"] = 503 })
-	p.stop()
-	p.start()
+	p.restart()
 	eventually(t, "all three to be refused", func() bool {
 		return p.lessonOpens("0") > came[0] && p.lessonOpens("25s") > came[1] && p.lessonOpens("") > came[2]
 	})
@@ -9674,11 +9157,7 @@ func TestLessonLosesNothing(t *testing.T) {
 // lessonCloses waits until nobody reads a stream.
 func (p *pageRelay) lessonCloses(after string) {
 	p.t.Helper()
-	eventually(p.t, "the streams to be closed after "+after, func() bool {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return len(p.streams) == 0
-	})
+	p.until("the streams are closed after "+after, func() bool { return len(p.streams) == 0 })
 }
 
 func TestLessonLooks(t *testing.T) {
@@ -9708,10 +9187,7 @@ func TestLessonLooks(t *testing.T) {
 			check{"lines to type", fmt.Sprintf("$$('pre').some((n) => n.textContent === 'redis-cli SUBSCRIBE %[1]s') && $$('pre').some((n) => n.textContent === 'redis-cli PUBLISH %[1]s hi')", channel)},
 			check{"a way back to the room", "$('header a').pathname === '/' && seen($('header a'))"},
 		)
-		for _, scheme := range []string{"light", "dark"} {
-			b.media(map[string]string{"prefers-color-scheme": scheme})
-			b.colours("lesson, " + c.lang + ", " + scheme)
-		}
+		b.lightAndDark("lesson, " + c.lang)
 		for _, size := range [][2]int{{1024, 768}, {390, 844}, {320, 568}} {
 			b.size(size[0], size[1])
 			for _, wrong := range js[[]string](b, `const wrong = [];
@@ -9723,9 +9199,7 @@ func TestLessonLooks(t *testing.T) {
 				t.Errorf("%s, %d × %d: %s", c.lang, size[0], size[1], wrong)
 			}
 			columns := js[int](b, "return new Set($$('.card').map((n) => Math.round(n.getBoundingClientRect().left))).size")
-			if want := map[bool]int{true: 3, false: 1}[size[0] > 760]; columns != want {
-				t.Errorf("%s: %d columns at %d px, want %d", c.lang, columns, size[0], want)
-			}
+			same(t, columns, map[bool]int{true: 3, false: 1}[size[0] > 760], "%s: columns at %d px", c.lang, size[0])
 		}
 		b.size(1024, 768)
 		b.checks(check{"time lines and numbers on one screen", "scrollTo(0, 0), $$('.plot').every((n) => n.getBoundingClientRect().bottom < 768)"})
@@ -9739,9 +9213,8 @@ func TestLessonLooks(t *testing.T) {
 		before := js[int](b, "return $('main').offsetHeight")
 		newClient(t, room.url).say(strings.Repeat("\n", 1000) + strings.Repeat("界\n", 1400) + "end")
 		b.wait("many lines", "raw('#answer').some((line) => line.includes('…')) && $('#line').textContent.endsWith('…\"')")
-		if after := js[int](b, "return $('main').offsetHeight"); after > before+700 {
-			t.Errorf("thousands of lines make the lesson %d px high instead of %d", after, before)
-		}
+		after := js[int](b, "return $('main').offsetHeight")
+		expect(t, after <= before+700, "thousands of lines make the lesson %d px high instead of %d", after, before)
 		b.cdp("Emulation.setEmulatedMedia", map[string]any{"features": []any{}})
 		call[any](b, "POST", "/refresh", nil)
 		b.wait("all three receive", "state() === 'live' && raw('#answer').length")
@@ -9750,9 +9223,7 @@ func TestLessonLooks(t *testing.T) {
 			b.keys("body", "\uE004")
 			order = append(order, js[string](b, "const n = document.activeElement, o = getComputedStyle(n); return (n.id || n.className || n.localName) + (o.outlineStyle !== 'none' && parseFloat(o.outlineWidth) >= 1 ? '' : ' without outline')"))
 		}
-		if want := []string{"skip", "a", "message", "primary", "ten", "freeze", "break", "li", "li"}; !slices.Equal(order, want) {
-			t.Errorf("Tab goes to %q, want %q", order, want)
-		}
+		same(t, order, []string{"skip", "a", "message", "primary", "ten", "freeze", "break", "li", "li"}, "Tab goes to")
 		type entry struct{ Level, Message string }
 		for _, e := range call[[]entry](b, "POST", "/se/log", map[string]any{"type": "browser"}) {
 			t.Errorf("the console says: %s %s", e.Level, e.Message)
@@ -9865,10 +9336,8 @@ func TestThreeWaysDeliverTheSame(t *testing.T) {
 			for _, e := range s.got {
 				ids = append(ids, nameOf(e.id))
 			}
-			if err != nil || !slices.Equal(ids, want) || s.ends < c.ends {
-				t.Errorf("%s: %v; %d messages in %d answers that ended, want %d, once and in order, in %d or more:\n%q",
-					c.name, err, len(ids), s.ends, n, c.ends, ids)
-			}
+			expect(t, err == nil && slices.Equal(ids, want) && s.ends >= c.ends,
+				"%s: %v; %d messages in %d answers that ended, want %d, once and in order, in %d or more:\n%q", c.name, err, len(ids), s.ends, n, c.ends, ids)
 		})
 	}
 	for i := range n {
@@ -9876,33 +9345,6 @@ func TestThreeWaysDeliverTheSame(t *testing.T) {
 		time.Sleep(80 * time.Millisecond) // so that they come over several answers, and all ways differ
 	}
 	wg.Wait()
-}
-
-// Every text of the lesson is there, and used.
-func TestLessonStrings(t *testing.T) {
-	s := newTestServer(t, t.Logf)
-	page, script := readFile(t, "assets/lesson.html"), readFile(t, "assets/lesson.js")
-	for _, key := range allMatches(regexp.MustCompile(`\bT\.([a-z_]+)`), script) {
-		if !strings.Contains(page, `data-key="`+key+`">{{.T.`+key+`}}<`) {
-			t.Errorf("lesson.js asks for %s, which lesson.html does not give it", key)
-		}
-	}
-	used := allMatches(regexp.MustCompile(`\bT\.([a-z_]+)`), page)
-	blanks := regexp.MustCompile(`{\w}`)
-	for _, key := range used {
-		en, zh := s.texts["en"][key], s.texts["zh"][key]
-		if en == "" || zh == "" {
-			t.Errorf("%s is %q in English and %q in Chinese", key, en, zh)
-		}
-		if a, b := blanks.FindAllString(en, -1), blanks.FindAllString(zh, -1); !slices.Equal(a, b) {
-			t.Errorf("%s has the blanks %q in English and %q in Chinese", key, a, b)
-		}
-	}
-	for key := range s.texts["en"] {
-		if strings.HasPrefix(key, "lesson_") && !slices.Contains(used, key) {
-			t.Errorf("nothing uses %s", key)
-		}
-	}
 }
 
 // ---- websocket ----
@@ -9935,9 +9377,8 @@ func meet(t testing.TB, conn net.Conn, handshake string) *peer {
 	p := &peer{t, conn, bufio.NewReader(conn)}
 	io.WriteString(conn, handshake)
 	resp, err := http.ReadResponse(p.in, nil)
-	if err != nil || resp.StatusCode != 101 || resp.Header.Get("Sec-WebSocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
-		t.Fatalf("the handshake is answered %+v, %v", resp, err)
-	}
+	require(t, err == nil && resp.StatusCode == 101 && resp.Header.Get("Sec-WebSocket-Accept") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
+		"the handshake is answered %+v, %v", resp, err)
 	return p
 }
 
@@ -9983,9 +9424,8 @@ func say(text string) string { return masked(0x81, "data: "+text) }
 
 func (p *peer) send(frames ...string) {
 	p.t.Helper()
-	if _, err := io.WriteString(p.conn, strings.Join(frames, "")); err != nil {
-		p.t.Fatalf("writing to a WebSocket: %v", err)
-	}
+	_, err := io.WriteString(p.conn, strings.Join(frames, ""))
+	require(p.t, err == nil, "writing to a WebSocket: %v", err)
 }
 
 // frame reads a frame and fails unless it is whole and not masked. At the end its opcode is 0xff.
@@ -9999,17 +9439,13 @@ func (p *peer) frame() (op byte, data string) {
 	if size == 126 {
 		wide := make([]byte, 2)
 		io.ReadFull(p.in, wide)
-		if size = int(wide[0])<<8 | int(wide[1]); size < 126 {
-			p.t.Fatalf("%d bytes are announced in three", size)
-		}
+		size = int(wide[0])<<8 | int(wide[1])
+		require(p.t, size >= 126, "%d bytes are announced in three", size)
 	}
-	if head[0]&0x80 == 0 || head[0]&0x70 != 0 || head[1] > 126 {
-		p.t.Fatalf("a frame begins with %x", head)
-	}
+	require(p.t, head[0]&0x80 != 0 && head[0]&0x70 == 0 && head[1] <= 126, "a frame begins with %x", head)
 	b := make([]byte, size)
-	if _, err := io.ReadFull(p.in, b); err != nil {
-		p.t.Fatalf("a frame is cut: %v", err)
-	}
+	_, err := io.ReadFull(p.in, b)
+	require(p.t, err == nil, "a frame is cut: %v", err)
 	return head[0] & 0x0f, string(b)
 }
 
@@ -10046,9 +9482,8 @@ func (p *peer) word() string {
 func (p *peer) parse(text string) event {
 	p.t.Helper()
 	all := slices.Collect(events(strings.NewReader(text)))
-	if len(all) != 2 || all[1].retry != nil || !strings.HasSuffix(text, "\n\n") || strings.Count(text, "\n\n") != 1 {
-		p.t.Fatalf("a text message is no event: %q", text)
-	}
+	require(p.t, len(all) == 2 && all[1].retry == nil && strings.HasSuffix(text, "\n\n") && strings.Count(text, "\n\n") == 1,
+		"a text message is no event: %q", text)
 	return all[0]
 }
 
@@ -10062,9 +9497,8 @@ func (p *peer) answer(e event) (got outcome) {
 	p.t.Helper()
 	in := json.NewDecoder(strings.NewReader(e.data))
 	in.DisallowUnknownFields()
-	if err := in.Decode(&got); err != nil || e.id != "" {
-		p.t.Fatalf("a reply is %+v: %v", e, err)
-	}
+	err := in.Decode(&got)
+	require(p.t, err == nil && e.id == "", "a reply is %+v: %v", e, err)
 	return got
 }
 
@@ -10076,9 +9510,7 @@ func (p *peer) until(word string) (got []string) {
 		if got = append(got, next); next == word {
 			return got
 		}
-		if next == "end" || strings.HasPrefix(next, "broken") {
-			p.t.Fatalf("the WebSocket ended before %q, after %.500q", word, got)
-		}
+		require(p.t, next != "end" && !strings.HasPrefix(next, "broken"), "the WebSocket ended before %q, after %.500q", word, got)
 	}
 }
 
@@ -10088,9 +9520,7 @@ func (p *peer) post(event string) outcome {
 	p.send(masked(0x81, event))
 	for {
 		op, data := p.frame()
-		if op == 0xff || op == opClose {
-			p.t.Fatalf("%q is answered with an end", event)
-		}
+		require(p.t, op != 0xff && op != opClose, "%q is answered with an end", event)
 		if op == opText {
 			if e := p.parse(data); e.kind == "reply" {
 				return p.answer(e)
@@ -10111,10 +9541,11 @@ func TestWebSocketFrames(t *testing.T) {
 	x := func(size int) string { return "data: " + strings.Repeat("x", size-6) }
 	const long = 65536
 	longest := strings.Repeat("好", maxMessage)
-	for _, test := range []struct {
+	type row struct {
 		name, send, want string
 		said             []string // what is in the room then
-	}{
+	}
+	rows := []row{
 		{"a message", say("hello"), "reply 204", []string{"hello"}},
 		{"two in one segment", say("one") + say("two"), "reply 204, reply 204", []string{"one", "two"}},
 		{"a mask of zeros", announce(0x81, 7, "\x00\x00\x00\x00", "data: a"), "reply 204", []string{"a"}},
@@ -10158,16 +9589,6 @@ func TestWebSocketFrames(t *testing.T) {
 		{"reserved bits in a ping", masked(0xf9, ""), "close 1002", nil},
 		{"reserved bits in a close", masked(0xf8, ""), "close 1002", nil},
 		{"reserved bits in a fragment", masked(0x01, "data: x") + masked(0xc0, "y"), "close 1002", nil},
-		{"opcode 3", masked(0x83, ""), "close 1002", nil},
-		{"opcode 4", masked(0x84, ""), "close 1002", nil},
-		{"opcode 5", masked(0x85, "x"), "close 1002", nil},
-		{"opcode 6", masked(0x86, ""), "close 1002", nil},
-		{"opcode 7", masked(0x87, "x"), "close 1002", nil},
-		{"opcode 11", masked(0x8b, ""), "close 1002", nil},
-		{"opcode 12", masked(0x8c, "x"), "close 1002", nil},
-		{"opcode 13", masked(0x8d, ""), "close 1002", nil},
-		{"opcode 14", masked(0x8e, ""), "close 1002", nil},
-		{"opcode 15", masked(0x8f, "x"), "close 1002", nil},
 		{"binary", masked(0x82, "data: x"), "close 1003", nil},
 		{"binary in fragments", masked(0x02, "data: x"), "close 1003", nil},
 		{"binary within text", masked(0x01, "data: x") + masked(0x82, "y"), "close 1002", nil},
@@ -10204,21 +9625,6 @@ func TestWebSocketFrames(t *testing.T) {
 		{"a message behind a close", closes(1000, "") + say("too late"), "close 1000", nil},
 		{"two closes", closes(1000, "") + closes(1001, ""), "close 1000", nil},
 		{"a ping behind a close", closes(1000, "") + masked(0x89, "p"), "close 1000", nil},
-		{"code 0", closes(0, ""), "close 1002", nil},
-		{"code 999", closes(999, ""), "close 1002", nil},
-		{"code 1001", closes(1001, ""), "close 1001", nil},
-		{"code 1003", closes(1003, ""), "close 1003", nil},
-		{"code 1004", closes(1004, ""), "close 1002", nil},
-		{"code 1005", closes(1005, ""), "close 1002", nil},
-		{"code 1006", closes(1006, ""), "close 1002", nil},
-		{"code 1007", closes(1007, ""), "close 1007", nil},
-		{"code 1014", closes(1014, ""), "close 1014", nil},
-		{"code 1015", closes(1015, ""), "close 1002", nil},
-		{"code 2999", closes(2999, ""), "close 1002", nil},
-		{"code 3000", closes(3000, ""), "close 3000", nil},
-		{"code 4999", closes(4999, ""), "close 4999", nil},
-		{"code 5000", closes(5000, ""), "close 1002", nil},
-		{"code 65535", closes(65535, ""), "close 1002", nil},
 		{"much behind what is forbidden", "\xff" + strings.Repeat("x", 1<<20), "close 1002", nil},
 
 		{"several lines", masked(0x81, "data: one\ndata:two\ndata:  three\n\n"), "reply 204", []string{"one\ntwo\n three"}},
@@ -10237,7 +9643,17 @@ func TestWebSocketFrames(t *testing.T) {
 		{"4000 characters", say(longest), "reply 204", []string{longest}},
 		{"4001 characters", say(longest + "好"), "reply 413", nil},
 		{"what is refused ends nothing", masked(0x81, "hello") + say("again"), "reply 400, reply 204", []string{"again"}},
-	} {
+	}
+	for _, opcode := range []byte{3, 4, 5, 6, 7, 11, 12, 13, 14, 15} {
+		rows = append(rows, row{fmt.Sprint("opcode ", opcode), masked(0x80|opcode, "x"[:opcode%2]), "close 1002", nil})
+	}
+	for _, code := range []int{1001, 1003, 1007, 1014, 3000, 4999} {
+		rows = append(rows, row{fmt.Sprint("code ", code), closes(code, ""), fmt.Sprint("close ", code), nil})
+	}
+	for _, code := range []int{0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535} {
+		rows = append(rows, row{fmt.Sprint("code ", code), closes(code, ""), "close 1002", nil})
+	}
+	for _, test := range rows {
 		for _, atATime := range []int{1 << 20, 1} {
 			if atATime == 1 && len(test.send) > 1000 {
 				continue
@@ -10264,12 +9680,9 @@ func TestWebSocketFrames(t *testing.T) {
 			if !strings.Contains(want, "close") {
 				want = strings.TrimPrefix(want+", close 1000", ", ")
 			}
-			if strings.Join(got, ", ") != want {
-				t.Errorf("%s, %d bytes at a time:\n got %.300q\nwant %.300q", test.name, atATime, strings.Join(got, ", "), want)
-			}
-			if now := c.newcomer(); !slices.Equal(now[min(len(before), len(now)):], test.said) {
-				t.Errorf("%s, %d bytes at a time: the room has %.100q more, want %.100q", test.name, atATime, now[len(before):], test.said)
-			}
+			same(t, strings.Join(got, ", "), want, "%s, %d bytes at a time", test.name, atATime)
+			now := c.newcomer()
+			same(t, now[min(len(before), len(now)):], test.said, "%s, %d bytes at a time: the room has more", test.name, atATime)
 		}
 	}
 }
@@ -10333,20 +9746,14 @@ func TestWebSocketHandshake(t *testing.T) {
 	} {
 		got := rawRequest(t, test.at.url, test.request)
 		h := got.header
-		if got.status != test.status {
-			t.Errorf("%s: got %d %q, want %d", test.name, got.status, got.body, test.status)
-		}
+		expect(t, got.status == test.status, "%s: got %d %q, want %d", test.name, got.status, got.body, test.status)
 		protocol := map[int]string{101: "websocket", 426: "websocket"}[got.status]
 		version := map[int]string{426: "13"}[got.status]
 		accept := map[int]string{101: "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="}[got.status]
-		if h.Get("Upgrade") != protocol || h.Get("Sec-WebSocket-Version") != version || h.Get("Sec-WebSocket-Accept") != accept ||
-			protocol != "" && h.Get("Connection") != "Upgrade" && test.name != "HTTP/1.0" || h.Get("Sec-WebSocket-Protocol")+h.Get("Sec-WebSocket-Extensions") != "" {
-			t.Errorf("%s: got %d with %v", test.name, got.status, h)
-		}
+		expect(t, h.Get("Upgrade") == protocol && h.Get("Sec-WebSocket-Version") == version && h.Get("Sec-WebSocket-Accept") == accept && (protocol == "" || h.Get("Connection") == "Upgrade" || test.name == "HTTP/1.0") && h.Get("Sec-WebSocket-Protocol")+h.Get("Sec-WebSocket-Extensions") == "",
+			"%s: got %d with %v", test.name, got.status, h)
 	}
-	if got := rawRequest(t, c.url, shake("/ws", "Origin: http://evil.example")); !strings.Contains(got.body, "-origin") {
-		t.Errorf("another site's page is told %q, want what to do", got.body)
-	}
+	expect(t, strings.Contains(rawRequest(t, c.url, shake("/ws", "Origin: http://evil.example")).body, "-origin"), "another site's page is not told what to do")
 	room.changed()
 }
 
@@ -10368,9 +9775,7 @@ func TestWebSocketSendsTheSame(t *testing.T) {
 			if retry := regexp.MustCompile(`^retry: [1-4]\d\d\d\n`).FindString(text); op != opText || (retry != "") != (i == 0) {
 				t.Fatalf("text message %d is %x %.50q, want retry: in the first", i, op, text)
 			} else if text = text[len(retry):]; query == "after=x" && i == 0 {
-				if text != string(gapFrame) {
-					t.Fatalf("after an unknown id it begins with %q", text)
-				}
+				require(t, text == string(gapFrame), "after an unknown id it begins with %q", text)
 				continue
 			}
 			p.parse(text)
@@ -10379,14 +9784,10 @@ func TestWebSocketSendsTheSame(t *testing.T) {
 			}
 			got += text
 		}
-		if got != want {
-			t.Errorf("%q brings %d bytes, want %d:\n%.200q", query, len(got), len(want), got)
-		}
+		same(t, got, want, "%q brings", query)
 	}
 	for name, p := range map[string]*peer{"?after=": c.socket("after=" + last), "Last-Event-ID": c.socket("", "Last-Event-ID: "+last)} {
-		if got := p.word(); got != long {
-			t.Errorf("with %s comes %.50q, want what follows", name, got)
-		}
+		same(t, p.word(), long, "with %s comes", name)
 	}
 }
 
@@ -10397,13 +9798,10 @@ func TestWebSocketEarly(t *testing.T) {
 	conn := dial(t, c.url)
 	conn.SetDeadline(time.Now().Add(patience))
 	p := meet(t, conn, shake("/ws")+say("early")+masked(0x89, "p")+say("again"))
-	if op, text := p.frame(); op != opText || !strings.HasPrefix(text, "retry: ") {
-		t.Errorf("first comes %x %q", op, text)
-	}
+	op, text := p.frame()
+	expect(t, op == opText && strings.HasPrefix(text, "retry: "), "first comes %x %q", op, text)
 	got := append(append(p.until("reply 204"), p.until("pong p")...), p.until("reply 204")...)
-	if want := []string{"early", "again"}; !slices.Equal(c.newcomer(), want) {
-		t.Errorf("after %q the room has %q, want %q", got, c.newcomer(), want)
-	}
+	same(t, c.newcomer(), []string{"early", "again"}, "after %q the room has", got)
 }
 
 // Posts through a WebSocket are those of POST /post: same checks, same order, one after the other.
@@ -10415,15 +9813,9 @@ func TestWebSocketPosts(t *testing.T) {
 	session := c.session()
 	p := c.socket("", "Cookie: "+session.Name+"="+session.Value)
 	first := p.post("id: " + keyA + "\ndata: hello\n\n")
-	if first.Status != 204 || nameOf(first.ID) != keyA || first.Reason != "" || first.RetryAfter != 0 {
-		t.Errorf("a post is answered %+v", first)
-	}
-	if again := p.post("data: another text\nid: " + keyA); again != first {
-		t.Errorf("the same key again is answered %+v, want %+v", again, first)
-	}
-	if id := c.sayAs(keyA, "by POST"); id != first.ID {
-		t.Errorf("by POST the key has the id %q, want %q", id, first.ID)
-	}
+	expect(t, first.Status == 204 && nameOf(first.ID) == keyA && first.Reason == "" && first.RetryAfter == 0, "a post is answered %+v", first)
+	same(t, p.post("data: another text\nid: "+keyA), first, "the same key again is answered")
+	same(t, c.sayAs(keyA, "by POST"), first.ID, "by POST the key has the id")
 	want := []string{"小明: hello"}
 	for i := range postBurst - 1 {
 		p.send(say(fmt.Sprint(i)))
@@ -10436,16 +9828,12 @@ func TestWebSocketPosts(t *testing.T) {
 			t.Fatalf("a post is answered %q", word)
 		}
 	}
-	if got := p.post("data: one too many"); got.Status != 429 || got.Reason != "too fast" || got.RetryAfter < 50 || got.ID != "" {
-		t.Errorf("too fast is answered %+v", got)
-	}
-	if got := p.post("data: " + strings.Repeat("x", maxMessage+1)); got.Status != 413 || got.RetryAfter != 0 || got.Reason == "" {
-		t.Errorf("too much is answered %+v", got)
-	}
+	got := p.post("data: one too many")
+	expect(t, got.Status == 429 && got.Reason == "too fast" && got.RetryAfter >= 50 && got.ID == "", "too fast is answered %+v", got)
+	got = p.post("data: " + strings.Repeat("x", maxMessage+1))
+	expect(t, got.Status == 413 && got.RetryAfter == 0 && got.Reason != "", "too much is answered %+v", got)
 	stranger := c.socket("", "Cookie: "+session.Name+"="+session.Value+"x")
-	if got := stranger.post("hello"); got.Status != 401 || got.Reason != "log in first" {
-		t.Errorf("with a broken session a post is answered %+v, want 401 before all else", got)
-	}
+	same(t, stranger.post("hello"), outcome{Status: 401, Reason: "log in first"}, "with a broken session, before all else, a post is answered")
 	w.heard(want...)
 }
 
@@ -10457,15 +9845,14 @@ func TestWebSocketWithoutRedis(t *testing.T) {
 	p := newClient(t, room.url).socket("")
 	p.until("(ping)")
 	r.signal("STOP")
-	if got := p.post("data: x"); got.Status != 503 || got.RetryAfter < 1 || got.RetryAfter > 3 {
-		t.Errorf("without Redis a post is answered %+v, want 503 and when to come back", got)
-	}
+	got := p.post("data: x")
+	expect(t, got.Status == 503 && got.RetryAfter >= 1 && got.RetryAfter <= 3,
+		"without Redis a post is answered %+v, want 503 and when to come back", got)
 	p.send(say("waits"))
 	time.Sleep(100 * time.Millisecond)
 	start := time.Now()
-	if err := room.stop(); err != nil || time.Since(start) > 10*time.Second {
-		t.Errorf("it ends with %v after %v", err, time.Since(start))
-	}
+	err := room.stop()
+	expect(t, err == nil && time.Since(start) <= 10*time.Second, "it ends with %v after %v", err, time.Since(start))
 	r.signal("CONT")
 }
 
@@ -10486,35 +9873,28 @@ func TestWebSocketAtTheEnd(t *testing.T) {
 		told.Go(func() {
 			op, text := p.frame()
 			e := slices.Collect(events(strings.NewReader(text)))[0]
-			if op != opText || e.kind != "ping" || e.id != id || len(e.retry) != 1 || e.retry[0] < 1000 || e.retry[0] > 4000 {
-				t.Errorf("at the end comes %x %q", op, text)
-			}
-			if got := p.word(); got != "close 1001" {
-				t.Errorf("then comes %q, want close 1001", got)
-			}
+			expect(t, op == opText && e.kind == "ping" && e.id == id && len(e.retry) == 1 && e.retry[0] >= 1000 && e.retry[0] <= 4000,
+				"at the end comes %x %q", op, text)
+			same(t, p.word(), "close 1001", "then comes")
 			p.send(masked(0x88, "\x03\xe9"))
-			if got := p.word(); got != "end" {
-				t.Errorf("then comes %q, want the end", got)
-			}
+			same(t, p.word(), "end", "then comes")
 			p.conn.Close()
 		})
 	}
 	start := time.Now()
-	if err := r.stop(); err != nil {
-		t.Errorf("it ended with %v", err)
-	}
+	same(t, r.stop(), nil, "it ended with")
 	t.Logf("it took %v", time.Since(start))
 	told.Wait()
 }
 
 // What a peer does that is no use to anybody costs the room no more than a stream would, and not for long.
 func TestWebSocketInTime(t *testing.T) {
-	const never, second = time.Hour, time.Second
-	every := func(pause time.Duration, what string) func(p *peer) {
-		return func(p *peer) {
+	const second = time.Second
+	every := func(pause time.Duration, what string) func(conn net.Conn) {
+		return func(conn net.Conn) {
 			for i := 0; ; i++ {
 				time.Sleep(pause)
-				if _, err := p.conn.Write([]byte{what[i%len(what)]}); err != nil {
+				if _, err := conn.Write([]byte{what[i%len(what)]}); err != nil {
 					return
 				}
 			}
@@ -10523,81 +9903,55 @@ func TestWebSocketInTime(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		reads bool
-		does  func(p *peer)
+		does  func(conn net.Conn)
 		stays time.Duration // if the room stays open
 		stops time.Duration // how long shutdown takes
 	}{
-		{"reads nothing", false, func(p *peer) {}, writeTimeout + writeRenew, stopTimeout},
-		{"answers nothing", true, func(p *peer) {}, heartbeat + pongTimeout, stopTimeout},
-		{"sends one byte after the ping", true, func(p *peer) { time.Sleep(16 * second); io.WriteString(p.conn, "\x81") },
+		{"reads nothing", false, func(conn net.Conn) {}, writeTimeout + writeRenew, stopTimeout},
+		{"answers nothing", true, func(conn net.Conn) {}, heartbeat + pongTimeout, stopTimeout},
+		{"sends one byte after the ping", true, func(conn net.Conn) { time.Sleep(16 * second); io.WriteString(conn, "\x81") },
 			2*heartbeat + pongTimeout, stopTimeout},
 		{"sends a byte a minute", true, every(61*second, say("never whole")), heartbeat + pongTimeout, stopTimeout},
 		{"sends a byte in 40 s", true, every(40*second, masked(0x81, strings.Repeat("x", 60000))), never, stopTimeout},
 		{"pings in 20 s", true, every(20*second, "\x89\x80abcd"), never, stopTimeout},
-		{"posts in 40 s", true, func(p *peer) {
+		{"posts in 40 s", true, func(conn net.Conn) {
 			for {
 				time.Sleep(40 * second)
-				if _, err := io.WriteString(p.conn, say("hello")); err != nil {
+				if _, err := io.WriteString(conn, say("hello")); err != nil {
 					return
 				}
 			}
 		}, never, stopTimeout},
-		{"announces much and sends nothing", true, func(p *peer) { io.WriteString(p.conn, announce(0x81, 65536, "abcd", "")) },
+		{"announces much and sends nothing", true, func(conn net.Conn) { io.WriteString(conn, announce(0x81, 65536, "abcd", "")) },
 			heartbeat + pongTimeout, stopTimeout},
-		{"goes without a word", true, func(p *peer) { p.conn.Close() }, 0, 0},
-		{"closes and stays", true, func(p *peer) { io.WriteString(p.conn, masked(0x88, "\x03\xe8")) }, closeTimeout, stopTimeout},
-		{"breaks the rules and stays", true, func(p *peer) { io.WriteString(p.conn, "\xff\xff") }, closeTimeout, stopTimeout},
-		{"closes, and then never ends", true, func(p *peer) {
-			io.WriteString(p.conn, masked(0x88, ""))
-			every(second, "x")(p)
+		{"goes without a word", true, func(conn net.Conn) { conn.Close() }, 0, 0},
+		{"closes and stays", true, func(conn net.Conn) { io.WriteString(conn, masked(0x88, "\x03\xe8")) }, closeTimeout, stopTimeout},
+		{"breaks the rules and stays", true, func(conn net.Conn) { io.WriteString(conn, "\xff\xff") }, closeTimeout, stopTimeout},
+		{"closes, and then never ends", true, func(conn net.Conn) {
+			io.WriteString(conn, masked(0x88, ""))
+			every(second, "x")(conn)
 		}, closeTimeout, stopTimeout},
 	} {
-		for _, stops := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, shutdown %v", test.name, stops), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					s := newTestServer(t, t.Logf)
-					srv, pipes := s.httpServer(t.Context()), make(pipeListener)
-					go srv.Serve(pipes)
-					here, there := net.Pipe()
-					pipes <- there
-					p := &peer{t, here, bufio.NewReader(here)}
-					io.WriteString(here, shake("/ws"))
-					start := time.Now()
-					if test.reads {
-						go io.Copy(io.Discard, here)
-					}
-					synctest.Wait()
-					var doing sync.WaitGroup
-					doing.Go(func() { test.does(p) })
-					defer doing.Wait()
-					defer here.Close()
-					synctest.Wait()
-					if stops {
-						s.shutdown(srv)
-						took := time.Since(start)
-						if synctest.Wait(); took != test.stops || s.conns.Load() != 0 {
-							t.Errorf("it took %v and left %d connections, want %v and none", took, s.conns.Load(), test.stops)
-						}
-						return
-					}
-					for s.conns.Load() > 0 && time.Since(start) < never {
-						time.Sleep(second)
-						synctest.Wait()
-					}
-					if took := time.Since(start); took < test.stays || took > test.stays+2*second {
-						t.Errorf("it is gone after %v, want %v", took, test.stays)
-					}
-					s.shutdown(srv)
-				})
-			})
-		}
+		inTime(t, test.name, test.stays, test.stops, func(pipes pipeListener) (end func()) {
+			here, there := net.Pipe()
+			pipes <- there
+			io.WriteString(here, shake("/ws"))
+			if test.reads {
+				go io.Copy(io.Discard, here)
+			}
+			synctest.Wait()
+			var doing sync.WaitGroup
+			doing.Go(func() { test.does(here) })
+			synctest.Wait()
+			return func() { here.Close(); doing.Wait() }
+		})
 	}
 }
 
 // In a silence both pings come, every 15 s. Who is closed by the process answers, and that is the end.
 func TestWebSocketPings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newTestServer(t, t.Logf)
+		s := newTestServer(t, &config{}, t.Logf)
 		srv, pipes := s.httpServer(t.Context()), make(pipeListener)
 		go srv.Serve(pipes)
 		here, there := net.Pipe()
@@ -10616,9 +9970,7 @@ func TestWebSocketPings(t *testing.T) {
 			if i == 6 && got == "reply 204" || i == 5 && got == "hello" {
 				continue // two goroutines write
 			}
-			if got != want || time.Since(start) != at {
-				t.Errorf("%v: %q, want %q after %v", time.Since(start), got, want, at)
-			}
+			expect(t, got == want && time.Since(start) == at, "%v: %q, want %q after %v", time.Since(start), got, want, at)
 			if i == 4 {
 				time.Sleep(time.Second)
 				p.send(say("hello"))
@@ -10630,100 +9982,11 @@ func TestWebSocketPings(t *testing.T) {
 			s.shutdown(srv)
 			ended <- time.Since(start)
 		}()
-		if got := p.until("close 1001"); len(got) != 2 || got[0] != "(ping)" {
-			t.Errorf("at the end comes %q", got)
-		}
+		same(t, p.until("close 1001"), []string{"(ping)", "close 1001"}, "at the end comes")
 		p.send(masked(0x88, "\x03\xe9"))
 		here.Close()
-		if took := <-ended; took != 0 {
-			t.Errorf("a peer that closes holds the end up for %v", took)
-		}
+		same(t, <-ended, 0, "a peer that closes holds the end up for")
 	})
-}
-
-// TestWebSocketsThatNeverRead are as in TestReadersThatNeverRead.
-func TestWebSocketsThatNeverRead(t *testing.T) {
-	t.Parallel()
-	const readers, messages = 200, 1000
-	p := startProcess(t)
-	c := newClient(t, p.url)
-	c.sayMany(messages, kilobyte)
-	files, before := p.descriptors(), p.resident()
-	for i := range readers {
-		conn := dial(t, p.url)
-		conn.(*net.TCPConn).SetReadBuffer(64 << 10)
-		io.WriteString(conn, shake("/ws"))
-		if i%2 == 0 { // and wants to be answered
-			io.WriteString(conn, strings.Repeat(masked(0x89, strings.Repeat("p", 125)), 50))
-		}
-	}
-	live := c.stream("", "")
-	live.until("ping")
-	slowest := time.Duration(0)
-	for i := range messages {
-		start := time.Now()
-		c.say(fmt.Sprint(i, kilobyte))
-		if got := live.message().number(); got != i {
-			t.Fatalf("somebody else heard %d, want %d", got, i)
-		}
-		slowest = max(slowest, time.Since(start))
-	}
-	cost := (p.resident() - before) / readers
-	if slowest > 10*time.Second || cost > 64 {
-		t.Errorf("somebody else's message took %v, and each costs %d KB, want at most 64", slowest, cost)
-	}
-	t.Logf("each costs %d KB; the slowest message took %v", cost, slowest)
-	if !testing.Short() {
-		live.close()
-		within(t, 2*patience, "those who do not read to be cut off", func() bool { return p.descriptors() < files+10 })
-	}
-}
-
-// TestWebSocketsComeAndGo in every way there is. What they took comes back.
-func TestWebSocketsComeAndGo(t *testing.T) {
-	t.Parallel()
-	readers, rounds := 2500, 2
-	if testing.Short() {
-		readers = 100
-	}
-	p := startProcess(t)
-	c := newClient(t, p.url)
-	c.say("hello")
-	ways := []func(*net.TCPConn){
-		func(conn *net.TCPConn) {},                                                               // FIN, after an answer
-		func(conn *net.TCPConn) { conn.SetLinger(0) },                                            // RST
-		func(conn *net.TCPConn) { io.WriteString(conn, masked(0x88, "\x03\xe8")) },               // as it should
-		func(conn *net.TCPConn) { io.WriteString(conn, announce(0x81, 65536, "abcd", "")) },      // in the middle of a frame
-		func(conn *net.TCPConn) { io.WriteString(conn, "\xff\xff"); conn.SetLinger(0) },          // breaking the rules
-		func(conn *net.TCPConn) { io.WriteString(conn, masked(0x01, "data: x")) },                // in the middle of a message
-		func(conn *net.TCPConn) { conn.CloseWrite() },                                            // half
-		func(conn *net.TCPConn) { io.WriteString(conn, "x"); conn.SetLinger(0); conn.Close() },   // with a byte
-		func(conn *net.TCPConn) { io.WriteString(conn, say("x")); io.WriteString(conn, "\x89") }, // with a post
-	}
-	files := p.descriptors()
-	var memory []int
-	for range rounds {
-		together(50, func(i int) {
-			for n := i; n < readers; n += 50 {
-				conn := dial(t, p.url).(*net.TCPConn)
-				conn.SetDeadline(time.Now().Add(2 * patience))
-				io.WriteString(conn, shake("/ws"))
-				if n%3 > 0 { // else gone before the answer
-					conn.Read(make([]byte, 2000))
-				}
-				ways[n%len(ways)](conn)
-				conn.Close()
-			}
-		})
-		within(t, patience, "the descriptors to come back", func() bool { return p.descriptors() <= files+2 })
-		memory = append(memory, p.resident())
-	}
-	if memory[1] > memory[0]+10<<10 {
-		t.Errorf("it holds %d KB after %d readers and %d KB after twice as many", memory[0], readers, memory[1])
-	}
-	if n := p.goroutines(); n > 5 {
-		t.Errorf("%d goroutines are left, want about 3", n)
-	}
 }
 
 // FuzzWebSocket: whatever comes, the reader takes no more than a message may have, and what it takes for
@@ -10741,15 +10004,13 @@ func FuzzWebSocket(f *testing.F) {
 		for _, more := range []bool{false, true} {
 			in := bytes.NewReader(sent)
 			op, last, data, err := readFrame(in, room, more)
-			slowly := iotest{bytes.NewReader(sent)}
+			slowly := iotest.OneByteReader(bytes.NewReader(sent))
 			op2, last2, data2, err2 := readFrame(slowly, room, more)
-			if op != op2 || last != last2 || !bytes.Equal(data, data2) || (err == nil) != (err2 == nil) {
-				t.Fatalf("%x reads as %x %v %x %v, and a byte at a time as %x %v %x %v", sent, op, last, data, err, op2, last2, data2, err2)
-			}
+			require(t, op == op2 && last == last2 && bytes.Equal(data, data2) && (err == nil) == (err2 == nil),
+				"%x reads as %x %v %x %v, and a byte at a time as %x %v %x %v", sent, op, last, data, err, op2, last2, data2, err2)
 			control := op == opClose || op == opPing || op == opPong
-			if len(data) > max(room, 125) || cap(data) > 2*max(room, 512) || control && len(data) > 125 {
-				t.Fatalf("%x reads as %d bytes in %d, with room for %d", sent, len(data), cap(data), room)
-			}
+			require(t, len(data) <= max(room, 125) && cap(data) <= 2*max(room, 512) && (!control || len(data) <= 125),
+				"%x reads as %d bytes in %d, with room for %d", sent, len(data), cap(data), room)
 			if err != nil {
 				continue
 			}
@@ -10757,25 +10018,18 @@ func FuzzWebSocket(f *testing.F) {
 			if op == opClose && slices.Contains([]string{forbidden, notText, tooLong}, string(data)) {
 				continue // a close of its own, or one like it
 			}
-			if !control && (op > opText || more != (op == opMore)) || control && !last {
-				t.Fatalf("%x reads as opcode %x, %v, more %v", sent, op, last, more)
-			}
+			require(t, (control || op <= opText && more == (op == opMore)) && (!control || last),
+				"%x reads as opcode %x, %v, more %v", sent, op, last, more)
 			first := op
 			if last {
 				first |= 0x80
 			}
 			mask := taken[len(taken)-len(data)-4 : len(taken)-len(data)]
-			if again := announce(first, len(data), string(mask), string(data)); again != string(taken) {
-				t.Fatalf("%x reads as %x %v %x, which is sent as %x", taken, op, last, data, again)
-			}
+			again := announce(first, len(data), string(mask), string(data))
+			require(t, again == string(taken), "%x reads as %x %v %x, which is sent as %x", taken, op, last, data, again)
 		}
 	})
 }
-
-// An iotest reads a byte at a time.
-type iotest struct{ io.Reader }
-
-func (r iotest) Read(b []byte) (int, error) { return r.Reader.Read(b[:min(len(b), 1)]) }
 
 // pythonReader hears the room through Debian's websockets, coming back as /stream's readers do: to the
 // next address, with the last id. It prints each text, "(gap)" if there was one, and how a post of its
@@ -10852,9 +10106,7 @@ func changing(t *testing.T, processes []*program) (want []string) {
 		switch i {
 		case 150:
 			processes[0].signal("TERM")
-			if err := processes[0].wait(patience); err != nil {
-				t.Errorf("SIGTERM ends it with %v", err)
-			}
+			same(t, processes[0].wait(patience), nil, "SIGTERM ends it with")
 		case 330:
 			processes[1].kill()
 		}
@@ -10876,23 +10128,19 @@ func TestWebSocketOfPython(t *testing.T) {
 	reader := launch(t, python(t, pythonReader, urls...))
 	eventually(t, "Python to listen", func() bool { return strings.Contains(reader.out.String(), "(open)") })
 	want := changing(t, processes)
-	if err := reader.wait(patience); err != nil {
-		t.Fatalf("the reader ended with %v", err)
-	}
+	must(t, reader.wait(patience))
 	got := slices.DeleteFunc(strings.Split(strings.TrimSpace(reader.out.String()), "\n"), func(line string) bool { return line == "(open)" })
-	if !slices.Equal(got, want) || strings.Count(reader.out.String(), "(open)") < 3 {
-		t.Errorf("it heard %d texts over %d connections, want %d, in order:\n%.2000q", len(got), strings.Count(reader.out.String(), "(open)"), len(want), got)
-	}
+	expect(t, slices.Equal(got, want) && strings.Count(reader.out.String(), "(open)") >= 3,
+		"it heard %d texts over %d connections, want %d, in order:\n%.2000q", len(got), strings.Count(reader.out.String(), "(open)"), len(want), got)
 
 	c := newClient(t, processes[2].url)
 	before := len(r.history())
 	out, err := python(t, pythonWriter, processes[2].ws(), "60").CombinedOutput()
-	if err != nil || strings.Count(string(out), `"status": 4`) != 2 || strings.Count(string(out), `"reason": "`) != 2 {
-		t.Errorf("posting through a WebSocket: %v\n%s", err, out)
-	}
-	if got := c.newcomer(); len(r.history()) != before+60 || !slices.Equal(got[len(got)-2:], []string{"text 58", "text 59"}) {
-		t.Errorf("60 posts, some of them sent twice, are %d more in Redis", len(r.history())-before)
-	}
+	expect(t, err == nil && strings.Count(string(out), `"status": 4`) == 2 && strings.Count(string(out), `"reason": "`) == 2,
+		"posting through a WebSocket: %v\n%s", err, out)
+	same(t, len(r.history()), before+60, "60 posts, some of them sent twice: in Redis")
+	got = c.newcomer()
+	same(t, got[max(0, len(got)-2):], []string{"text 58", "text 59"}, "the newest")
 }
 
 // browserReader does the same in a browser, and posts.
@@ -10931,12 +10179,11 @@ func TestWebSocketOfChromium(t *testing.T) {
 	b.wait("Chromium to listen", "window.opened === 1")
 	want := changing(t, processes)
 	b.waitFor("the last text", patience, "window.got.at(-1) === 'last'")
-	if got := js[[]string](b, "return window.got"); !slices.Equal(got, want) {
-		t.Errorf("it heard %d texts, want %d, in order:\n%.2000q", len(got), len(want), got)
-	}
-	if codes := js[[]int](b, "return window.codes"); len(codes) < 2 || codes[0] != 1001 || codes[1] != 1006 {
-		t.Errorf("the WebSockets ended with %v, want 1001 for SIGTERM and 1006 for SIGKILL first", codes)
-	}
+	got := js[[]string](b, "return window.got")
+	expect(t, slices.Equal(got, want), "it heard %d texts, want %d, in order:\n%.2000q", len(got), len(want), got)
+	codes := js[[]int](b, "return window.codes")
+	expect(t, len(codes) >= 2 && codes[0] == 1001 && codes[1] == 1006,
+		"the WebSockets ended with %v, want 1001 for SIGTERM and 1006 for SIGKILL first", codes)
 
 	js[any](b, `for (let i = 0; i < 20; i++) for (let again = 0; again < 2; again++)
 		window.room.send("id: key-of-a-message-" + String(i).padStart(4, "0") + "\ndata: 你好 " + i);
@@ -10944,13 +10191,11 @@ func TestWebSocketOfChromium(t *testing.T) {
 	b.wait("all replies", "window.replies.length === 41")
 	answers := js[[]outcome](b, "return window.replies")
 	for i, a := range answers[:40] {
-		if want := fmt.Sprintf("key-of-a-message-%04d", i/2); a.Status != 204 || nameOf(a.ID) != want || a.ID != answers[i/2*2].ID {
-			t.Errorf("post %d is answered %+v, want 204 and the id of %s", i, a, want)
-		}
+		want := fmt.Sprintf("key-of-a-message-%04d", i/2)
+		expect(t, a.Status == 204 && nameOf(a.ID) == want && a.ID == answers[i/2*2].ID,
+			"post %d is answered %+v, want 204 and the id of %s", i, a, want)
 	}
-	if answers[40].Status != 400 {
-		t.Errorf("what is no event is answered %+v", answers[40])
-	}
+	expect(t, answers[40].Status == 400, "what is no event is answered %+v", answers[40])
 	if got := newClient(t, stays.url).newcomer(); len(r.history()) != len(want)+20 || got[len(got)-1] != "你好 19" {
 		t.Errorf("20 posts, each sent twice, are %d in Redis", len(r.history())-len(want))
 	}
@@ -10998,13 +10243,10 @@ func TestWebSocketBehindProxies(t *testing.T) {
 			return addr, rooms
 		}},
 		{"Caddy and two", func(t *testing.T) (addr string, rooms []*program) {
-			caddy, dir := need(t, "caddy", "apt-get install caddy"), t.TempDir()
 			addr, _ = serve(t, func(addr string) *exec.Cmd {
 				var block string
 				block, rooms = twoServers(t, blocks(t, "caddyfile")[0], "chat.example.org {", "http://"+addr+" {")
-				cmd := exec.Command(caddy, "run", "--adapter", "caddyfile", "--config", writeFile(t, filepath.Join(dir, "Caddyfile"), "{\n\tadmin off\n}\n"+block))
-				cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
-				return cmd
+				return caddy(t, "", block)
 			})
 			return addr, rooms
 		}},
@@ -11014,11 +10256,8 @@ func TestWebSocketBehindProxies(t *testing.T) {
 			addr, rooms := test.start(t)
 			c := newClient(t, "http://"+addr)
 			eventually(t, "the proxy to answer", func() bool {
-				resp, err := c.send(context.Background(), "GET", "/healthz", "")
-				if err == nil {
-					resp.Body.Close()
-				}
-				return err == nil && resp.StatusCode == 200
+				got, _ := c.try("GET", "/healthz", "")
+				return got.status == 200
 			})
 			c.login("小明")
 			session := "Cookie: " + c.session().Name + "=" + c.session().Value
@@ -11032,20 +10271,13 @@ func TestWebSocketBehindProxies(t *testing.T) {
 				live.hears("小明: " + text)
 				got := []string{p.word(), p.word(), p.word()}
 				slices.Sort(got)
-				if want := []string{text, "pong " + text, "reply 204"}; !slices.Equal(got, want) {
-					t.Fatalf("got %q, want %q", got, want)
-				}
+				want := []string{text, "pong " + text, "reply 204"}
+				require(t, slices.Equal(got, want), "got %q, want %q", got, want)
 			}
-			if got := rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Origin: http://other.example")); got.status != 403 {
-				t.Errorf("a page of another site gets %d, want 403", got.status)
-			}
-			if got := rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Upgrade:")); got.status != 426 {
-				t.Errorf("without a handshake comes %d, want 426", got.status)
-			}
+			same(t, rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Origin: http://other.example")).status, 403, "a page of another site gets")
+			same(t, rawRequest(t, c.url, shake("/ws", "Host: "+addr, "Upgrade:")).status, 426, "without a handshake comes")
 			p.send(masked(0x88, "\x0b\xb9"))
-			if got := p.until("close 3001"); len(got) != 1 || p.word() != "end" {
-				t.Errorf("a close is answered %q", got)
-			}
+			same(t, append(p.until("close 3001"), p.word()), []string{"close 3001", "end"}, "a close is answered")
 
 			if rooms == nil {
 				return
@@ -11064,9 +10296,8 @@ func TestWebSocketBehindProxies(t *testing.T) {
 				if got[0] == "(ping)" {
 					got = append(got, p.word(), p.word())
 				}
-				if !slices.Equal(got, []string{"after"}) && !slices.Equal(got, []string{"(ping)", "close 1001", "end"}) {
-					t.Errorf("when a process ends comes %q", got)
-				}
+				expect(t, slices.Equal(got, []string{"after"}) || slices.Equal(got, []string{"(ping)", "close 1001", "end"}),
+					"when a process ends comes %q", got)
 			}
 		})
 	}
@@ -11083,9 +10314,7 @@ func TestWebSocketInDocuments(t *testing.T) {
 	cmd := python(t, "")
 	cmd.Args = []string{cmd.Path, "-m", "asyncio"}
 	typed, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	shell := launch(t, cmd)
 	io.WriteString(typed, here.Replace(blocks(t, "python")[0])+"\n")
 	live.hears("anonymous: hello from Python")
@@ -11103,65 +10332,11 @@ func TestWebSocketInDocuments(t *testing.T) {
 		`["anonymous: hello from the console", '{"status":204,"id":"'].every((part) => said.some((text) => text.includes(part)))`)
 }
 
-// BenchmarkWebSocket is the fan-out to 2000 readers through WebSockets beside the same through /stream,
-// from a process of its own on the first processor, as in BenchmarkBeside. In a burst what a delivery
-// costs depends most of all on how many messages go out at once, so compare where that is alike.
+// BenchmarkWebSocket is the fan-out through WebSockets beside the same through /stream. In a burst what a
+// delivery costs depends most of all on how many messages go out at once, so compare where that is alike.
 func BenchmarkWebSocket(b *testing.B) {
-	for _, mode := range []struct {
-		name  string
-		every time.Duration
-	}{{"burst", 0}, {"steady", 20 * time.Millisecond}} {
-		for name, request := range map[string]string{"stream": rawGet("/stream"), "websocket": shake("/ws")} {
-			b.Run(mode.name+"/"+name, func(b *testing.B) {
-				addr, pid := pinnedRoom(b)
-				var seen, reads atomic.Int64 // messages, by the words of markText; in so many reads
-				enter := func(n int) {
-					for range n {
-						conn, err := net.Dial("tcp", addr)
-						if err != nil {
-							b.Fatal(err)
-						}
-						b.Cleanup(func() { conn.Close() })
-						io.WriteString(conn, request)
-						buf := make([]byte, 4096)
-						if n, err := conn.Read(buf); err != nil || n == 0 {
-							b.Fatalf("the answer has no head: %v", err)
-						}
-						go func() {
-							for {
-								n, err := conn.Read(buf)
-								if err != nil {
-									return
-								}
-								reads.Add(1)
-								seen.Add(int64(bytes.Count(buf[:n], []byte("^"))))
-							}
-						}()
-					}
-				}
-				const readers, few = 2000, 100
-				enter(few) // what all readers share is there now
-				_, before := used(b, pid)
-				enter(readers)
-				cpu, memory := used(b, pid)
-				seen.Store(0)
-				reads.Store(0)
-				b.ResetTimer()
-				publish(b, "http://"+addr+"/post", mode.every)
-				deliveries := b.N * (few + readers)
-				for end := time.Now().Add(time.Minute); seen.Load() < int64(deliveries) && time.Now().Before(end); {
-					time.Sleep(time.Millisecond)
-				}
-				if seen.Load() < int64(deliveries) {
-					b.Fatalf("%d of %d deliveries came", seen.Load(), deliveries)
-				}
-				after, _ := used(b, pid)
-				b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(deliveries), "cpu-ns/delivery")
-				b.ReportMetric(float64(deliveries)/float64(reads.Load()), "messages/read")
-				b.ReportMetric(float64(memory-before)/readers, "B/reader")
-			})
-		}
-	}
+	beside(b, "stream", pinnedRoom, rawGet("/stream"))
+	beside(b, "websocket", pinnedRoom, shake("/ws"))
 }
 
 // ---- documents ----
@@ -11186,9 +10361,7 @@ func documentsText(t testing.TB) (text string) {
 func blocks(t testing.TB, language string) []string {
 	t.Helper()
 	all := allMatches(regexp.MustCompile("(?ms)^```"+language+"\n(.*?)^```$"), documentsText(t))
-	if len(all) == 0 {
-		t.Fatalf("the documents have no ```%s", language)
-	}
+	require(t, len(all) != 0, "the documents have no ```%s", language)
 	return all
 }
 
@@ -11196,9 +10369,7 @@ func blocks(t testing.TB, language string) []string {
 func adapt(t testing.TB, text string, oldnew ...string) string {
 	t.Helper()
 	for pair := range slices.Chunk(oldnew, 2) {
-		if !strings.Contains(text, pair[0]) {
-			t.Fatalf("no %q in\n%s", pair[0], text)
-		}
+		require(t, strings.Contains(text, pair[0]), "no %q in\n%s", pair[0], text)
 		text = strings.ReplaceAll(text, pair[0], pair[1])
 	}
 	return text
@@ -11206,18 +10377,14 @@ func adapt(t testing.TB, text string, oldnew ...string) string {
 
 func writeFile(t testing.TB, path, text string) string {
 	t.Helper()
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(path, []byte(text), 0o600))
 	return path
 }
 
 func readFile(t testing.TB, name string) string {
 	t.Helper()
 	b, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return string(b)
 }
 
@@ -11232,6 +10399,16 @@ func nginx(t testing.TB, module, servers string) *exec.Cmd {
 	}
 	file := writeFile(t, filepath.Join(dir, "nginx.conf"), conf+servers+"}\n")
 	return exec.Command(program, "-e", "stderr", "-p", dir, "-c", file)
+}
+
+// caddy is the command that runs Caddy in a folder of its own.
+func caddy(t testing.TB, options, servers string) *exec.Cmd {
+	t.Helper()
+	program, dir := need(t, "caddy", "apt-get install caddy"), t.TempDir()
+	file := writeFile(t, filepath.Join(dir, "Caddyfile"), "{\n\tadmin off\n"+options+"}\n"+servers)
+	cmd := exec.Command(program, "run", "--adapter", "caddyfile", "--config", file)
+	cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
+	return cmd
 }
 
 // behindNginx runs README's block for one process in front of a room, without what a pattern finds, and
@@ -11262,36 +10439,27 @@ func TestBehindNginx(t *testing.T) {
 	s.until("ping")
 	last := ""
 	for _, text := range []string{"one", "two", "three"} {
-		if got := c.post(text, "Origin: "+url); got != 204 {
-			t.Fatalf("posting %q from the room's page: got %d, want 204", text, got)
-		}
+		got := c.post(text, "Origin: "+url)
+		require(t, got == 204, "posting %q from the room's page: got %d, want 204", text, got)
 		e := s.message() // by itself, before the next is sent
-		if last = e.id; e.said() != "小明: "+text {
-			t.Errorf("heard %q, want %q", e.said(), text)
-		}
+		last = e.id
+		expect(t, e.said() == "小明: "+text, "heard %q, want %q", e.said(), text)
 	}
-	if got := c.newcomer(); len(got) != 3 {
-		t.Errorf("polling gives %q, want three messages", got)
-	}
+	same(t, c.newcomer(), []string{"one", "two", "three"}, "polling gives")
 	waiting := c.stream("wait=25s", last)
 	waiting.until("ping")
 	c.say("four")
 	waiting.hears("小明: four")
 	waiting.until("end")
 
-	if got := c.post("x", "Origin: http://other.example"); got != 403 {
-		t.Errorf("posting from another site's page: got %d, want 403", got)
-	}
-	if newClient(t, url).cookie("/login", "user=x", "X-Forwarded-Proto: https").Secure {
-		t.Error("over HTTP the cookie is Secure, because the client said so")
-	}
+	same(t, c.post("x", "Origin: http://other.example"), 403, "posting from another site's page")
+	expect(t, !newClient(t, url).cookie("/login", "user=x", "X-Forwarded-Proto: https").Secure,
+		"over HTTP the cookie is Secure, because the client said so")
 	stranger, status := newClient(t, url), 0
 	for i := range 40 {
 		status = stranger.post("x", fmt.Sprintf("X-Forwarded-For: 192.0.2.%d", i))
 	}
-	if status != 429 {
-		t.Errorf("a stranger who claims another address each time: the 40th message got %d, want 429", status)
-	}
+	same(t, status, 429, "a stranger who claims another address each time: the 40th message")
 }
 
 // TestProxyThatChangesHost has a proxy that sends its own idea of Host.
@@ -11300,12 +10468,9 @@ func TestProxyThatChangesHost(t *testing.T) {
 	for _, args := range [][]string{nil, {"-origin", "http://ADDR"}} {
 		addr := behindNginx(t, `proxy_set_header Host [^;]*;`, "", args...)
 		got := newClient(t, "http://"+addr).do("POST", "/post", "message=x", "Origin: http://"+addr)
-		if args != nil && got.status != 204 {
-			t.Errorf("with -origin: got %d, want 204", got.status)
-		}
-		if args == nil && (got.status != 403 || !strings.Contains(got.body, "-origin")) {
-			t.Errorf("without -origin: got %d %q, want 403 and what to do", got.status, got.body)
-		}
+		expect(t, args == nil || got.status == 204, "with -origin: got %d, want 204", got.status)
+		expect(t, args != nil || got.status == 403 && strings.Contains(got.body, "-origin"),
+			"without -origin: got %d %q, want 403 and what to do", got.status, got.body)
 	}
 }
 
@@ -11316,13 +10481,9 @@ func TestNginxWithTLS(t *testing.T) {
 	url := "https://" + behindNginx(t, "", " ssl; ssl_certificate "+cert+"; ssl_certificate_key "+key)
 	c := newClient(t, url)
 	c.http.Transport.(*http.Transport).TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
-	if !c.cookie("/login", "user=x", "Origin: "+url).Secure {
-		t.Error("over HTTPS the cookie is not Secure")
-	}
+	expect(t, c.cookie("/login", "user=x", "Origin: "+url).Secure, "over HTTPS the cookie is not Secure")
 	s := c.stream("", "")
-	if got := c.post("hello", "Origin: "+url); got != 204 {
-		t.Errorf("posting from the room's page: got %d, want 204", got)
-	}
+	same(t, c.post("hello", "Origin: "+url), 204, "posting from the room's page")
 	s.hears("x: hello")
 }
 
@@ -11330,21 +10491,15 @@ func TestNginxWithTLS(t *testing.T) {
 func selfSigned(t testing.TB, changes ...func(*x509.Certificate)) (certFile, keyFile string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
 	for _, change := range changes {
 		change(template)
 	}
 	cert, err := x509.CreateCertificate(cryptorand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	dir := t.TempDir()
 	write := func(name, kind string, der []byte) string {
 		return writeFile(t, filepath.Join(dir, name), string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})))
@@ -11435,19 +10590,12 @@ func (p *proxied) survives(tries int) {
 	live.until("ping")
 	for i := range 5 { // each arrives before the next is posted
 		c.say(fmt.Sprint("one by one ", i))
-		if got := live.next(patience); got.said() != fmt.Sprint("小明: one by one ", i) {
-			t.Fatalf("behind the proxy came %v", got)
-		}
+		got := live.next(patience)
+		require(t, got.said() == fmt.Sprint("小明: one by one ", i), "behind the proxy came %v", got)
 	}
-	if !c.cookie("/login", form("user", "小明")).Secure {
-		t.Error("behind TLS the cookie is not Secure")
-	}
-	if got := c.post("own page", "Origin: "+p.url); got != 204 {
-		t.Errorf("a post of the page itself: got %d, want 204", got)
-	}
-	if got := c.post("other page", "Origin: https://other.example"); got != 403 {
-		t.Errorf("a post of another site's page: got %d, want 403", got)
-	}
+	expect(t, c.cookie("/login", form("user", "小明")).Secure, "behind TLS the cookie is not Secure")
+	same(t, c.post("own page", "Origin: "+p.url), 204, "a post of the page itself")
+	same(t, c.post("other page", "Origin: https://other.example"), 403, "a post of another site's page")
 
 	var readers, open sync.WaitGroup
 	words := make([][]string, 10)
@@ -11490,9 +10638,8 @@ func (p *proxied) survives(tries int) {
 	say("last")
 	readers.Wait()
 	for i, got := range words {
-		if got = got[max(0, slices.Index(got, want[0])):]; !slices.Equal(got, want) {
-			t.Errorf("reader %d heard\n%q\nwant\n%q", i, got, want)
-		}
+		got = got[max(0, slices.Index(got, want[0])):]
+		expect(t, slices.Equal(got, want), "reader %d heard\n%q\nwant\n%q", i, got, want)
 	}
 }
 
@@ -11500,9 +10647,7 @@ func TestProcessesBehindNginx(t *testing.T) {
 	t.Parallel()
 	const challenge = "/.well-known/acme-challenge/"
 	plain, web := "", t.TempDir()
-	if err := os.MkdirAll(web+challenge, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(web+challenge, 0o700))
 	writeFile(t, web+challenge+"token", "proof")
 	p := startProxied(t, func(p *proxied, port string) *exec.Cmd {
 		plain = freePort(t)
@@ -11558,34 +10703,24 @@ func TestProcessesBehindNginx(t *testing.T) {
 	p.begin(1)
 	p.redis.kill()
 	for range 5 {
-		if got := c.post("x"); got != 503 {
-			t.Errorf("posting without Redis: got %d, want 503", got)
-		}
-		if got := c.get("/login").status; got != 200 {
-			t.Errorf("the login form without Redis: got %d, want 200", got)
-		}
+		same(t, c.post("x"), 503, "posting without Redis")
+		same(t, c.get("/login").status, 200, "the login form without Redis")
 	}
 	for _, host := range []string{"http://127.0.0.1:", "http://127.0.0.2:"} {
 		got := newClient(t, host+plain).get("/login")
-		if to := got.header.Get("Location"); got.status != 301 || !strings.HasPrefix(to, "https://") || !strings.HasSuffix(to, "/login") {
-			t.Errorf("without TLS: got %d to %q, want 301 to https", got.status, to)
-		}
+		to := got.header.Get("Location")
+		expect(t, got.status == 301 && strings.HasPrefix(to, "https://") && strings.HasSuffix(to, "/login"),
+			"without TLS: got %d to %q, want 301 to https", got.status, to)
 	}
-	if got := newClient(t, "http://127.0.0.1:"+plain).get(challenge + "token"); got.status != 200 || got.body != "proof" {
-		t.Errorf("who gives certificates gets %d %q, want what certbot put there", got.status, got.body)
-	}
+	same(t, newClient(t, "http://127.0.0.1:"+plain).get(challenge+"token").body, "proof", "who gives certificates gets")
 }
 
 func TestProcessesBehindCaddy(t *testing.T) {
 	t.Parallel()
-	caddy, dir := need(t, "caddy", "apt-get install caddy"), t.TempDir()
 	p := startProxied(t, func(p *proxied, port string) *exec.Cmd {
-		conf := "{\n\tadmin off\n\tskip_install_trust\n\tauto_https disable_redirects\n}\n" + adapt(t, blocks(t, "caddyfile")[0],
+		return caddy(t, "\tskip_install_trust\n\tauto_https disable_redirects\n", adapt(t, blocks(t, "caddyfile")[0],
 			"chat.example.org {", "https://localhost:"+port+" {\n\tbind 127.0.0.1\n\ttls internal",
-			"127.0.0.1:8989", "127.0.0.1:"+p.ports[0], "127.0.0.1:8990", "127.0.0.1:"+p.ports[1])
-		cmd := exec.Command(caddy, "run", "--adapter", "caddyfile", "--config", writeFile(t, filepath.Join(dir, "Caddyfile"), conf))
-		cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
-		return cmd
+			"127.0.0.1:8989", "127.0.0.1:"+p.ports[0], "127.0.0.1:8990", "127.0.0.1:"+p.ports[1]))
 	})
 	p.survives(30)
 
@@ -11618,23 +10753,18 @@ func TestService(t *testing.T) {
 		}
 	}
 	command := regexp.MustCompile(`(?m)^ExecStart=\S+ (.*)$`).FindStringSubmatch(unit)
-	if command == nil {
-		t.Fatal("the unit starts nothing")
-	}
+	require(t, command != nil, "the unit starts nothing")
 	checkFlags(t, strings.ReplaceAll(command[1], "%i", "8989"))
 	container := regexp.MustCompile(`(?m)^  chat: { image: chat, command: \[(-redis), "(redis:6379)"\], ports: \["8989:8989"\]`).FindStringSubmatch(blocks(t, "yaml")[0])
-	if container == nil {
-		t.Fatal("the container does not find Redis, or the port is not open")
-	}
+	require(t, container != nil, "the container does not find Redis, or the port is not open")
 	checkFlags(t, container[1]+" "+container[2])
 }
 
 // checkFlags fails unless chat takes these arguments.
 func checkFlags(t *testing.T, args string) {
 	t.Helper()
-	if _, err := configure(strings.Fields(args), func(string) string { return "" }, t.Output()); err != nil {
-		t.Errorf("chat %s: %v", args, err)
-	}
+	_, err := configure(strings.Fields(args), environ(), t.Output())
+	expect(t, err == nil, "chat %s: %v", args, err)
 }
 
 // Every line of shell in the documents is run, or its flags are read; curl and redis-cli speak to
@@ -11653,6 +10783,7 @@ func TestShellLines(t *testing.T) {
 			"hello from curl", "hello from curl: C++ & 100%41").Replace(line)) // what a student may put there
 		endless := strings.Contains(line, "curl -N") || strings.Contains(line, "SUBSCRIBE")
 		switch {
+		case testing.Short() && strings.HasPrefix(strings.TrimPrefix(line, "CGO_ENABLED=0 "), "go "): // it builds once more
 		case strings.Contains(line, "./chat"): // the address and Redis of the test come last and win
 			line = strings.Replace(line, "./chat", `exec "$0"`, 1) + ` "$@"`
 			args := []string{}
@@ -11672,25 +10803,18 @@ func TestShellLines(t *testing.T) {
 			for range 2 { // as a whole class runs it
 				cmd := exec.Command(sh, "-c", strings.Replace(line, "curl ", "curl -sS --fail ", 1))
 				cmd.Dir = dir
-				if out, err := cmd.CombinedOutput(); err != nil {
-					t.Errorf("%s: %v\n%s", line, err, out)
-				}
+				out, err := cmd.CombinedOutput()
+				expect(t, err == nil, "%s: %v\n%s", line, err, out)
 			}
 		case strings.Contains(line, "go build"):
 			line = adapt(t, line, "-o chat ", "-o '"+filepath.Join(t.TempDir(), "chat")+"' ")
-			if out, err := exec.Command(sh, "-c", line).CombinedOutput(); err != nil {
-				t.Errorf("%s: %v\n%s", line, err, out)
-			}
+			succeeds(t, exec.Command(sh, "-c", line))
 		case line == "go run .":
-			if out, err := exec.Command("go", "run", ".", "-version").CombinedOutput(); err != nil {
-				t.Errorf("%s: %v\n%s", line, err, out)
-			}
+			succeeds(t, exec.Command("go", "run", ".", "-version"))
 		case strings.HasPrefix(line, "apt-get update"): // .ci/run does, if it has the same packages
 			packages, _, _ := strings.Cut(line[strings.Index(line, " -y ")+4:], " &&")
 			for _, name := range strings.Fields(packages) {
-				if !strings.Contains(ci, "packages+=("+name+")") {
-					t.Errorf(".ci/run does not install %s", name)
-				}
+				expect(t, strings.Contains(ci, "packages+=("+name+")"), ".ci/run does not install %s", name)
 			}
 		default:
 			t.Errorf("a document has %q, and nothing tries it", line)
@@ -11701,9 +10825,8 @@ func TestShellLines(t *testing.T) {
 	}
 	got := said(newClient(t, room.url).poll(""))
 	for _, want := range []string{"anonymous: hello from curl: C++ & 100%41", "anonymous: said once", "小明: hello", "hi"} {
-		if n := len(got) - len(slices.DeleteFunc(slices.Clone(got), func(line string) bool { return line == want })); n != 2 {
-			t.Errorf("after the lines of the documents the room has %q, want %q twice", got, want)
-		}
+		same(t, len(got)-len(slices.DeleteFunc(slices.Clone(got), func(line string) bool { return line == want })), 2,
+			"after the lines of the documents the room has %q, want %q twice", got, want)
 	}
 }
 
@@ -11711,9 +10834,7 @@ func TestShellLines(t *testing.T) {
 func TestAnswerInReadme(t *testing.T) {
 	t.Parallel()
 	shown := regexp.MustCompile("(?s)```\n\\$ curl 'http://localhost:8989/stream\\?wait=0'\n(.*?)```").FindStringSubmatch(readFile(t, "README.md"))
-	if shown == nil {
-		t.Fatal("README.md shows no answer of /stream?wait=0")
-	}
+	require(t, shown != nil, "README.md shows no answer of /stream?wait=0")
 	c := newClient(t, startRoom(t).url)
 	c.say("hello from curl")
 	answer := c.get("/stream?wait=0").body
@@ -11721,17 +10842,15 @@ func TestAnswerInReadme(t *testing.T) {
 		text = regexp.MustCompile(`[A-Z2-7]{26}~[a-z2-7]{8}`).ReplaceAllString(text, "<id>")
 		return regexp.MustCompile(`\d\d:\d\d:\d\d`).ReplaceAllString(text, "<time>")
 	}
-	if want, got := alike(shown[1]), alike(answer); got != want || strings.Count(got, "<id>") != 2 {
-		t.Errorf("an answer is\n%s\nin README.md\n%s", got, want)
-	}
+	want, got := alike(shown[1]), alike(answer)
+	expect(t, got == want && strings.Count(got, "<id>") == 2, "an answer is\n%s\nin README.md\n%s", got, want)
 }
 
 // The number of readers in running.md is the one that the limits give.
 func TestReadersOfALimit(t *testing.T) {
 	_, streams := capacity(1024)
-	if want := fmt.Sprintf("of 1024 it serves %d readers", streams); !strings.Contains(inOneLine(readFile(t, ".github/running.md")), want) {
-		t.Errorf("running.md does not say %q", want)
-	}
+	want := fmt.Sprintf("of 1024 it serves %d readers", streams)
+	expect(t, strings.Contains(inOneLine(readFile(t, ".github/running.md")), want), "running.md does not say %q", want)
 }
 
 // inOneLine makes each run of white space a space.
@@ -11747,17 +10866,14 @@ func TestReadmeInChinese(t *testing.T) {
 			"headings' ranks": "(?m)^(#+) ",
 		} {
 			want, got := allMatches(regexp.MustCompile(re), english), allMatches(regexp.MustCompile(re), chinese)
-			if len(want) == 0 && (what != "rows of flags" || names[0] == "README.md") || !slices.Equal(got, want) {
-				t.Errorf("%s: %s has %q, %s %q", what, names[1], got, names[0], want)
-			}
+			expect(t, (len(want) != 0 || what == "rows of flags" && names[0] != "README.md") && slices.Equal(got, want),
+				"%s: %s has %q, %s %q", what, names[1], got, names[0], want)
 		}
 		numbers := regexp.MustCompile(`\b(\d{2,})\b`)
 		want, got := allMatches(numbers, english), allMatches(numbers, chinese)
 		slices.Sort(want)
 		slices.Sort(got)
-		if !slices.Equal(slices.Compact(got), slices.Compact(want)) {
-			t.Errorf("%s has the numbers %s, %s %s", names[1], got, names[0], want)
-		}
+		expect(t, slices.Equal(slices.Compact(got), slices.Compact(want)), "%s has the numbers %s, %s %s", names[1], got, names[0], want)
 	}
 }
 
@@ -11806,9 +10922,7 @@ func TestLinksOfDocuments(t *testing.T) {
 	}
 	for _, names := range documents[1:] {
 		for lang, name := range names {
-			if !slices.Contains(linked[lang], name) {
-				t.Errorf("%s does not link to %s", documents[0][lang], name)
-			}
+			expect(t, slices.Contains(linked[lang], name), "%s does not link to %s", documents[0][lang], name)
 		}
 	}
 }
@@ -11818,14 +10932,10 @@ func TestDocumentsAgree(t *testing.T) {
 	source, readme, running := readFile(t, "main.go"), readFile(t, "README.md"), readFile(t, ".github/running.md")
 	manual, _, _ := strings.Cut(source, "\npackage main\n")
 	var help bytes.Buffer
-	if err := run(context.Background(), []string{"-h"}, func(string) string { return "" }, &help, io.Discard); err != nil {
-		t.Fatal(err)
-	}
+	must(t, run(context.Background(), []string{"-h"}, environ(), &help, io.Discard))
 	flags := regexp.MustCompile(`(?m)^\s*-(\w+)`)
 	inHelp := allMatches(flags, help.String())
-	if len(inHelp) < 6 {
-		t.Fatalf("-h lists %q", inHelp)
-	}
+	require(t, len(inHelp) >= 6, "-h lists %q", inHelp)
 	inManual := allMatches(flags, manual)
 	inReadme := allMatches(regexp.MustCompile("(?m)^\\| `-(\\w+)"), readme)
 	for _, own := range []string{"version", "h"} { // the flag package keeps quiet about -h
@@ -11835,25 +10945,20 @@ func TestDocumentsAgree(t *testing.T) {
 	}
 	slices.Sort(inHelp)
 	for name, got := range map[string][]string{"the manual": inManual, "README.md": inReadme} {
-		if slices.Sort(got); !slices.Equal(got, inHelp) {
-			t.Errorf("%s lists the flags %q, -h %q", name, got, inHelp)
-		}
+		slices.Sort(got)
+		expect(t, slices.Equal(got, inHelp), "%s lists the flags %q, -h %q", name, got, inHelp)
 	}
 	for _, d := range regexp.MustCompile(`-(\w+).*\n?.*\(default "?([^")\n]+)"?\)`).FindAllStringSubmatch(help.String(), -1) {
 		if d[1] == "redis" {
 			continue // its default is a sentence
 		}
-		if row := regexp.MustCompile("\\| `-" + d[1] + ".*").FindString(readme); !strings.Contains(row, "`"+d[2]+"`") {
-			t.Errorf("README.md on -%s does not give its default %s: %q", d[1], d[2], row)
-		}
-		if !regexp.MustCompile(`(?s)-` + d[1] + ` .{0,200}default "?` + regexp.QuoteMeta(d[2])).MatchString(manual) {
-			t.Errorf("the manual on -%s does not give its default %s", d[1], d[2])
-		}
+		row := regexp.MustCompile("\\| `-" + d[1] + ".*").FindString(readme)
+		expect(t, strings.Contains(row, "`"+d[2]+"`"), "README.md on -%s does not give its default %s: %q", d[1], d[2], row)
+		expect(t, regexp.MustCompile(`(?s)-`+d[1]+` .{0,200}default "?`+regexp.QuoteMeta(d[2])).MatchString(manual),
+			"the manual on -%s does not give its default %s", d[1], d[2])
 	}
 	for _, name := range allMatches(regexp.MustCompile(`getenv\("(\w+)"\)`), source) {
-		if !strings.Contains(manual, "$"+name) || !strings.Contains(readme, name) {
-			t.Errorf("%s is missing in the manual or in README.md", name)
-		}
+		expect(t, strings.Contains(manual, "$"+name) && strings.Contains(readme, name), "%s is missing in the manual or in README.md", name)
 	}
 	words := []string{"no", "one", "two", "three", "four", "five"} // small numbers are spelled out
 	for _, test := range []struct{ name, text, says string }{
@@ -11891,30 +10996,24 @@ func TestDocumentsAgree(t *testing.T) {
 		{"-h", help.String(), fmt.Sprintf("at most %d (default", ringSize)},
 		{"-h", help.String(), fmt.Sprintf("after a burst of %d;", postBurst)},
 	} {
-		if !strings.Contains(inOneLine(test.text), test.says) {
-			t.Errorf("%s does not say %q", test.name, test.says)
-		}
+		expect(t, strings.Contains(inOneLine(test.text), test.says), "%s does not say %q", test.name, test.says)
 	}
-	if stopTimeout >= time.Second || !strings.Contains(inOneLine(readme), "`SIGTERM` ends it in under a second") {
-		t.Errorf("README.md does not say that SIGTERM ends it in under a second, or it is %v", stopTimeout)
-	}
-	if script := readFile(t, "assets/chat.js"); !strings.Contains(script, fmt.Sprintf("MAX = %d", maxMessage)) {
-		t.Errorf("chat.js does not know that a message has %d characters at most", maxMessage)
-	}
-	if texts := readFile(t, "assets/strings.json"); strings.Count(texts, fmt.Sprintf(" %d ", maxName)) < 2 {
-		t.Errorf("strings.json does not say that a name has %d characters at most", maxName)
-	}
+	expect(t, stopTimeout < time.Second && strings.Contains(inOneLine(readme), "`SIGTERM` ends it in under a second"),
+		"README.md does not say that SIGTERM ends it in under a second, or it is %v", stopTimeout)
+	script := readFile(t, "assets/chat.js")
+	expect(t, strings.Contains(script, fmt.Sprintf("MAX = %d", maxMessage)),
+		"chat.js does not know that a message has %d characters at most", maxMessage)
+	texts := readFile(t, "assets/strings.json")
+	expect(t, strings.Count(texts, fmt.Sprintf(" %d ", maxName)) >= 2, "strings.json does not say that a name has %d characters at most", maxName)
 	line := regexp.MustCompile(`go test -race .*`)
-	if inReadme, inCI := line.FindString(readme), line.FindString(readFile(t, ".ci/run")); inReadme != inCI {
-		t.Errorf("README.md tests with %q, .ci/run with %q", inReadme, inCI)
-	}
+	same(t, line.FindString(readme), line.FindString(readFile(t, ".ci/run")), "README.md tests with")
 }
 
 // The binary needs nothing but redigo, and the folder holds nothing that is not announced.
 func TestLayout(t *testing.T) {
-	if mod := readFile(t, "go.mod"); strings.Count(mod, "require") != 1 || !strings.Contains(mod, "\nrequire github.com/gomodule/redigo ") {
-		t.Errorf("go.mod requires more than redigo:\n%s", mod)
-	}
+	mod := readFile(t, "go.mod")
+	expect(t, strings.Count(mod, "require") == 1 && strings.Contains(mod, "\nrequire github.com/gomodule/redigo "),
+		"go.mod requires more than redigo:\n%s", mod)
 	out, err := exec.Command("git", "ls-files").Output()
 	if err != nil {
 		t.Skip("not a git checkout")
@@ -11927,18 +11026,13 @@ func TestLayout(t *testing.T) {
 		}
 	}
 	slices.Sort(top)
-	if want := []string{"LICENSE", "README.md", "assets", "go.mod", "go.sum", "main.go", "main_test.go"}; !slices.Equal(top, want) {
-		t.Errorf("the top level is %q, want %q", top, want)
-	}
+	same(t, top, []string{"LICENSE", "README.md", "assets", "go.mod", "go.sum", "main.go", "main_test.go"}, "the top level is")
 }
 
 // Every page is made in every language, links only to what exists, and brings no code of its
 // own.
 func TestPagesAreWhole(t *testing.T) {
-	s := newTestServer(t, t.Logf)
-	if en, zh := keys(s.texts["en"]), keys(s.texts["zh"]); !slices.Equal(en, zh) || len(en) == 0 {
-		t.Errorf("strings.json has other keys in en and zh:\n%q\n%q", en, zh)
-	}
+	s := newTestServer(t, &config{}, t.Logf)
 	links := regexp.MustCompile(`(?:src|href|action)="([^"]*)"`)
 	routes := []string{"/", "/login", "/logout", "/post", "/lesson"}
 	names, _ := filepath.Glob("assets/*.html")
@@ -11946,31 +11040,17 @@ func TestPagesAreWhole(t *testing.T) {
 		for _, lang := range []string{"en", "zh"} {
 			var b bytes.Buffer
 			v := view{Lang: lang, T: s.texts[lang], Name: "小明", Error: "name_long", Password: true, View: "projector", Join: "http://192.0.2.1:8989"}
-			if err := s.pages.ExecuteTemplate(&b, filepath.Base(name), v); err != nil {
-				t.Errorf("%s in %s: %v", name, lang, err)
-			}
+			same(t, s.pages.ExecuteTemplate(&b, filepath.Base(name), v), nil, "%s in %s", name, lang)
 			for _, link := range allMatches(links, b.String()) {
 				path, _, _ := strings.Cut(link, "?")
 				_, err := assets.Open(strings.TrimPrefix(path, "/"))
-				if err != nil && !slices.Contains(routes, path) && !strings.HasPrefix(link, "#") {
-					t.Errorf("%s in %s links to %q, which does not exist", name, lang, link)
-				}
+				expect(t, err == nil || slices.Contains(routes, path) || strings.HasPrefix(link, "#"),
+					"%s in %s links to %q, which does not exist", name, lang, link)
 			}
-			if bad := regexp.MustCompile(`(?i)<script>|<style|\son\w+=|style="|javascript:|data:[a-z]`).FindString(b.String()); bad != "" {
-				t.Errorf("%s in %s has code or style inline: %q", name, lang, bad)
-			}
+			same(t, regexp.MustCompile(`(?i)<script>|<style|\son\w+=|style="|javascript:|data:[a-z]`).FindString(b.String()), "",
+				"%s in %s has code or style inline", name, lang)
 		}
 	}
-}
-
-func keys(m map[string]string) (all []string) {
-	for k, v := range m {
-		if v != "" {
-			all = append(all, k)
-		}
-	}
-	slices.Sort(all)
-	return all
 }
 
 func allMatches(re *regexp.Regexp, text string) (all []string) {
@@ -11984,19 +11064,22 @@ func allMatches(re *regexp.Regexp, text string) (all []string) {
 // message of a benchmark has one "^", and after it the nanoseconds at which it was posted, as
 // markText writes them.
 type crowd struct {
-	readers    int
-	seen, size atomic.Int64 // messages over all readers, bytes
-	want       atomic.Int64 // of seen, at which something is sent on arrived
-	arrived    chan struct{}
-	late       []chan time.Duration // of each reader: how old messages were; what does not fit is left out
+	readers           int
+	seen, size, reads atomic.Int64 // messages over all readers, bytes, and in so many reads
+	want              atomic.Int64 // of seen, at which something is sent on arrived
+	arrived           chan struct{}
+	late              []chan time.Duration // of each reader: how old messages were; what does not fit is left out
 }
 
 func markText() string {
 	return fmt.Sprintf("^%d is when this was posted, as long as people write in class", time.Now().UnixNano())
 }
 
-// gather connects readers and waits until each has the head of its answer.
-func gather(b *testing.B, readers int, addr string) *crowd {
+// eventsPlease is what an EventSource asks with.
+var eventsPlease = raw("GET /stream HTTP/1.1", "Host: chat", "Accept: text/event-stream")
+
+// gather connects readers by a request and waits until each has the head of its answer.
+func gather(b *testing.B, readers int, addr, request string) *crowd {
 	b.Helper()
 	if limit := fileLimit(); limit < 2*readers+100 {
 		b.Skipf("needs %d descriptors, may open %d", 2*readers+100, limit)
@@ -12004,11 +11087,9 @@ func gather(b *testing.B, readers int, addr string) *crowd {
 	c := &crowd{readers: readers, arrived: make(chan struct{}, 1), late: make([]chan time.Duration, readers)}
 	for i := range readers {
 		conn, err := net.Dial("tcp", addr)
-		if err != nil {
-			b.Fatal(err)
-		}
+		must(b, err)
 		b.Cleanup(func() { conn.Close() })
-		io.WriteString(conn, "GET /stream HTTP/1.1\r\nHost: chat\r\nAccept: text/event-stream\r\n\r\n")
+		io.WriteString(conn, request)
 		c.late[i] = make(chan time.Duration, 1000)
 		if n, err := conn.Read(make([]byte, 4096)); err != nil || n == 0 {
 			b.Fatalf("the answer has no head: %v", err)
@@ -12026,6 +11107,7 @@ func (c *crowd) read(conn net.Conn, late chan<- time.Duration) {
 			return
 		}
 		c.size.Add(int64(n))
+		c.reads.Add(1)
 		got := int64(bytes.Count(buf[:n], []byte("^")))
 		if _, after, found := bytes.Cut(buf[:n], []byte("^")); found && len(after) >= 19 {
 			posted, _ := strconv.ParseInt(string(after[:19]), 10, 64)
@@ -12075,7 +11157,7 @@ func BenchmarkFanout(b *testing.B) {
 	for _, readers := range []int{100, 1000, 5000} {
 		b.Run(fmt.Sprint(readers, " readers"), func(b *testing.B) {
 			room := startRoom(b, "-rate", "0")
-			crowd := gather(b, readers, strings.TrimPrefix(room.url, "http://"))
+			crowd := gather(b, readers, strings.TrimPrefix(room.url, "http://"), eventsPlease)
 			c := newClient(b, room.url)
 			before, _ := used(b, os.Getpid())
 			b.ResetTimer()
@@ -12096,34 +11178,34 @@ func BenchmarkFanout(b *testing.B) {
 // own on the first processor: nginx with nchan, and a loop that does nothing but write. Started
 // under "taskset -c 1" the readers have the second one.
 func BenchmarkBeside(b *testing.B) {
-	servers := []struct {
-		name  string
-		start func(b *testing.B) (addr string, pid int)
-	}{{"chat", pinnedRoom}, {"nchan", startNchan}, {"loop", startLoop}}
-	for _, mode := range []struct {
-		name  string
-		every time.Duration // between messages; 0: as fast as four can post
-	}{{"burst", 0}, {"steady", 20 * time.Millisecond}} {
-		for _, s := range servers {
-			b.Run(mode.name+"/"+s.name, func(b *testing.B) {
-				addr, pid := s.start(b)
-				few := gather(b, 100, addr) // what all readers share is there now
-				_, before := used(b, pid)
-				crowd := gather(b, 2000, addr)
-				cpu, memory := used(b, pid)
-				crowd.expect(b.N)
-				b.ResetTimer()
-				publish(b, "http://"+addr+"/post", mode.every)
-				crowd.await(b)
-				after, _ := used(b, pid)
-				deliveries := b.N * (few.readers + crowd.readers)
-				b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(deliveries), "cpu-ns/delivery")
-				b.ReportMetric(float64(memory-before)/float64(crowd.readers), "B/reader")
-				if mode.every > 0 {
-					b.ReportMetric(float64(crowd.p99().Microseconds())/1000, "p99-ms")
-				}
-			})
-		}
+	beside(b, "chat", pinnedRoom, eventsPlease)
+	beside(b, "nchan", startNchan, eventsPlease)
+	beside(b, "loop", startLoop, eventsPlease)
+}
+
+func beside(b *testing.B, name string, start func(b *testing.B) (addr string, pid int), request string) {
+	for _, mode := range []string{"burst", "steady"} {
+		every := map[string]time.Duration{"steady": 20 * time.Millisecond}[mode] // 0: as fast as four can post
+		b.Run(mode+"/"+name, func(b *testing.B) {
+			addr, pid := start(b)
+			few := gather(b, 100, addr, request) // what all readers share is there now
+			_, before := used(b, pid)
+			crowd := gather(b, 2000, addr, request)
+			cpu, memory := used(b, pid)
+			crowd.expect(b.N)
+			reads := crowd.reads.Load()
+			b.ResetTimer()
+			publish(b, "http://"+addr+"/post", every)
+			crowd.await(b)
+			after, _ := used(b, pid)
+			deliveries := b.N * (few.readers + crowd.readers)
+			b.ReportMetric(float64((after-cpu).Nanoseconds())/float64(deliveries), "cpu-ns/delivery")
+			b.ReportMetric(float64(b.N*crowd.readers)/float64(crowd.reads.Load()-reads), "messages/read")
+			b.ReportMetric(float64(memory-before)/float64(crowd.readers), "B/reader")
+			if every > 0 {
+				b.ReportMetric(float64(crowd.p99().Microseconds())/1000, "p99-ms")
+			}
+		})
 	}
 }
 
@@ -12136,9 +11218,8 @@ func publish(b *testing.B, url string, every time.Duration) {
 			return
 		}
 		io.Copy(io.Discard, resp.Body)
-		if resp.Body.Close(); resp.StatusCode >= 300 {
-			b.Errorf("posting: %s", resp.Status)
-		}
+		resp.Body.Close()
+		expect(b, resp.StatusCode < 300, "posting: %s", resp.Status)
 	}
 	if every > 0 {
 		tick := time.NewTicker(every)
@@ -12302,9 +11383,7 @@ func redisBenchmark(b *testing.B) {
 	b.ResetTimer()
 	out, err := exec.Command("redis-benchmark", "-p", port, "-c", "64", "-n", strconv.Itoa(b.N), "-r", "1000000000000", "-q",
 		"eval", script, "3", "chat:history", "chat:id", "chat", id+" "+line, id, line).CombinedOutput()
-	if err != nil || bytes.Contains(out, []byte("rror")) {
-		b.Fatalf("%v: %s", err, out)
-	}
+	require(b, err == nil && !bytes.Contains(out, []byte("rror")), "%v: %s", err, out)
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "posts/s")
 }
 
@@ -12343,9 +11422,8 @@ func atOnce(b *testing.B, goroutines int, work func(pb *testing.PB) error) {
 	procs := runtime.GOMAXPROCS(0)
 	b.SetParallelism((goroutines + procs - 1) / procs)
 	b.RunParallel(func(pb *testing.PB) {
-		if err := work(pb); err != nil {
-			b.Error(err)
-		}
+		err := work(pb)
+		expect(b, err == nil, "%v", err)
 	})
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "posts/s")
 }
@@ -12362,9 +11440,8 @@ func BenchmarkResume(b *testing.B) {
 			}
 			b.ResetTimer()
 			for range b.N {
-				if got := c.get("/stream?wait=0&after=" + last); strings.Count(got.body, "\nid: ") < missed {
-					b.Fatalf("got %d messages, want %d", strings.Count(got.body, "\nid: "), missed)
-				}
+				got := c.get("/stream?wait=0&after=" + last)
+				require(b, strings.Count(got.body, "\nid: ") >= missed, "got %d messages, want %d", strings.Count(got.body, "\nid: "), missed)
 			}
 		})
 	}
