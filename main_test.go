@@ -5133,6 +5133,8 @@ func TestCommandsOfAnIdleRoom(t *testing.T) {
 		}
 		return n
 	}
+	c.say("a list, which from then on is kept")
+	next(t, words)
 	next(t, words)
 	before := commands()
 	next(t, words)
