@@ -2121,14 +2121,14 @@ func TestOtherMethods(t *testing.T) {
 }
 
 // linked finds what a page loads or leads to.
-var linked = regexp.MustCompile(`(?:src|href)="?(/[^"\s>#?]*)`)
+var linked = regexp.MustCompile(`(?:src|href)="?([^"\s>#?]+)`)
 
 // assetOf is the path of an asset that the login page uses.
 func assetOf(c *client) string {
 	c.t.Helper()
-	found := regexp.MustCompile(`/assets/[^"\s>]*`).FindString(c.get("/login").body)
+	found := regexp.MustCompile(`assets/[^"\s>]*`).FindString(c.get("/login").body)
 	require(c.t, found != "", "the login page uses no asset")
-	return found
+	return "/" + found
 }
 
 func TestPages(t *testing.T) {
@@ -2139,9 +2139,10 @@ func TestPages(t *testing.T) {
 		same(t, got.header.Get("Content-Type"), "text/html; charset=utf-8", "GET %s: Content-Type is", page)
 		checkProtected(t, page, got)
 		for _, found := range linked.FindAllStringSubmatch(got.body, -1) {
-			linked := c.get(found[1])
-			expect(t, linked.status == 200, "GET %s leads to %s, which is %d", page, found[1], linked.status)
-			checkProtected(t, found[1], linked)
+			to := "/" + strings.TrimPrefix(found[1], "./")
+			linked := c.get(to)
+			expect(t, linked.status == 200, "GET %s leads to %s, which is %d", page, to, linked.status)
+			checkProtected(t, to, linked)
 		}
 	}
 	checkProtected(t, "/assets/stream.js", c.get("/assets/stream.js")) // a worker obeys its own script's
@@ -7258,7 +7259,7 @@ func TestPageTwoPeople(t *testing.T) {
 	js[any](a, `navigator.clipboard === undefined || console.error('a secure context')`)
 	a.click("#logout button")
 	a.wait("logged out", "location.pathname === '/login'")
-	a.checks(check{"logging out drops draft and outbox", "sessionStorage.getItem('chat') === null"})
+	a.checks(check{"logging out drops draft and outbox", "sessionStorage.getItem('/') === null"})
 }
 
 func TestPageText(t *testing.T) {
@@ -7578,11 +7579,11 @@ func TestPageFaults(t *testing.T) {
 	b.wait("it failed", "$('#unsent [data-state=failed]')")
 	b.click("#unsent [value=delete]")
 	b.checks(check{"Delete can be undone", "$('#unsent [data-state=deleted] .fate').innerText.replace(/\\s+/g, ' ') === 'Deleted Undo'"},
-		check{"but does not come again with a reload", "!JSON.parse(sessionStorage.getItem('chat')).letters.length"})
+		check{"but does not come again with a reload", "!JSON.parse(sessionStorage.getItem('/')).letters.length"})
 	b.click("#unsent [value=undo]")
 	b.checks(check{"it is as it was", "$('#unsent [data-state=failed]') && seen($('#unsent [value=retry]'))"})
 	b.click("#unsent [value=delete]")
-	b.waitFor("after five seconds Delete has deleted", 10*time.Second, "!$('#unsent').children.length && !sessionStorage.getItem('chat').includes('deleted')")
+	b.waitFor("after five seconds Delete has deleted", 10*time.Second, "!$('#unsent').children.length && !sessionStorage.getItem('/').includes('deleted')")
 
 	// Time. The page's clock is put forward rather than waited for.
 	const clock = "window.late = arguments[0]; window.realNow ??= Date.now; Date.now = () => realNow() + late"
@@ -7898,7 +7899,7 @@ func TestPageTypedEarly(t *testing.T) {
 		b.wait("live", "!window.old && state() === 'live'")
 		b.checks(
 			check{c.what, fmt.Sprintf("$('#text').value === %q", c.want)},
-			check{c.what + ", as the next draft", fmt.Sprintf("JSON.parse(sessionStorage.getItem('chat')).draft === %q", c.want)},
+			check{c.what + ", as the next draft", fmt.Sprintf("JSON.parse(sessionStorage.getItem('/')).draft === %q", c.want)},
 		)
 	}
 }
@@ -7956,14 +7957,14 @@ func TestPageTabs(t *testing.T) {
 
 	// Log out in one tab: no other one may go on under a name it does not have, or keep its draft.
 	b.keys("#text", "a draft of the first tab")
-	b.checks(check{"a tab keeps its draft", "sessionStorage.getItem('chat').includes('first tab')"})
+	b.checks(check{"a tab keeps its draft", "sessionStorage.getItem('/').includes('first tab')"})
 	second := b.newTab()
 	b.enter(p.url())
 	b.click("#logout button")
 	b.wait("logged out", "location.pathname === '/login'")
 	b.toTab(first)
 	b.wait("the other tabs follow", "location.pathname === '/login'")
-	b.checks(check{"and drop their drafts", "sessionStorage.getItem('chat') === null"})
+	b.checks(check{"and drop their drafts", "sessionStorage.getItem('/') === null"})
 	b.toTab(second)
 	b.keys("#user", "Ada\uE007")
 	b.wait("live", "document.body.dataset.state === 'live'")
@@ -8408,7 +8409,7 @@ func TestPageComingBack(t *testing.T) {
 	p.stop()
 	b.click("#logout button")
 	b.checks(check{"without a network logout says so", "$('#notice').textContent === 'No connection: you are still logged in.' && location.pathname === '/'"})
-	b.checks(check{"and nothing is lost", "$('#text').value === 'a draft' && sessionStorage.getItem('chat').includes('a draft')"})
+	b.checks(check{"and nothing is lost", "$('#text').value === 'a draft' && sessionStorage.getItem('/').includes('a draft')"})
 }
 
 // Who is sent to the login from a page comes back to that page.
@@ -8685,7 +8686,7 @@ func TestPageStructure(t *testing.T) {
 			{"the field has a label, one row, a direction of its own", "$('label[for=text]').textContent === 'Message' && $('#text').rows === 1 && $('#text').dir === 'auto' && $('#text').name === 'message'"},
 			{"no maxlength, which cuts pastes", "$('#text').maxLength === -1"},
 			{"focus goes skip link, header, log, field, Send", "JSON.stringify($$('a, button, textarea, [tabindex]').filter((n) => !n.closest('[hidden]')).map((n) => n.id || n.className || n.textContent)) === JSON.stringify(['skip', 'wide', 'Lesson', 'Log out', 'log', 'text', 'send'])"},
-			{"a link to the lesson", "$('a[href=\"/lesson\"]')"},
+			{"a link to the lesson", "$$('a').some((n) => n.pathname === '/lesson')"},
 			{"no script, style or handler in the markup", "!$$('script:not([src]), style, [style]:not(#text), [onclick]').length"},
 			{"the viewport is the keyboard's too", "/interactive-widget=resizes-content/.test($('meta[name=viewport]').content)"},
 		}},
@@ -10248,7 +10249,7 @@ func TestWebSocketBehindProxies(t *testing.T) {
 			addr, _ = serve(t, func(addr string) *exec.Cmd {
 				var block string
 				block, rooms = twoServers(t, blocks(t, "caddyfile")[0], "chat.example.org {", "http://"+addr+" {")
-				return caddy(t, "", block)
+				return caddy(t, block)
 			})
 			return addr, rooms
 		}},
@@ -10403,11 +10404,11 @@ func nginx(t testing.TB, module, servers string) *exec.Cmd {
 	return exec.Command(program, "-e", "stderr", "-p", dir, "-c", file)
 }
 
-// caddy is the command that runs Caddy in a folder of its own.
-func caddy(t testing.TB, options, servers string) *exec.Cmd {
+// caddy is the command that runs Caddy in a folder of its own, with these sites.
+func caddy(t testing.TB, sites string) *exec.Cmd {
 	t.Helper()
 	program, dir := need(t, "caddy", "apt-get install caddy"), t.TempDir()
-	file := writeFile(t, filepath.Join(dir, "Caddyfile"), "{\n\tadmin off\n"+options+"}\n"+servers)
+	file := writeFile(t, filepath.Join(dir, "Caddyfile"), "{\n\tadmin off\n\tskip_install_trust\n\tauto_https disable_redirects\n}\n"+sites)
 	cmd := exec.Command(program, "run", "--adapter", "caddyfile", "--config", file)
 	cmd.Env = []string{"HOME=" + dir, "XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}
 	return cmd
@@ -10462,6 +10463,92 @@ func TestBehindNginx(t *testing.T) {
 		status = stranger.post("x", fmt.Sprintf("X-Forwarded-For: 192.0.2.%d", i))
 	}
 	same(t, status, 429, "a stranger who claims another address each time: the 40th message")
+}
+
+// TestBelowAPath has two rooms below two paths of one host, behind the blocks of running.md.
+func TestBelowAPath(t *testing.T) {
+	t.Parallel()
+	for name, start := range map[string]func(t *testing.T, addr, a, b string) *exec.Cmd{
+		"nginx": func(t *testing.T, addr, a, b string) *exec.Cmd {
+			block, upgrade := blocks(t, "nginx")[2], regexp.MustCompile(`(?s)map .*?}`).FindString(blocks(t, "nginx")[0])
+			return nginx(t, "", upgrade+"\nserver {\nlisten "+addr+";\n"+adapt(t, block, "127.0.0.1:8989", a)+
+				adapt(t, block, "127.0.0.1:8989", b, "/chat/", "/other/")+"}\n")
+		},
+		"Caddy": func(t *testing.T, addr, a, b string) *exec.Cmd {
+			block := adapt(t, blocks(t, "caddyfile")[1], "example.org {", "")
+			block = strings.TrimSuffix(strings.TrimSpace(block), "}")
+			return caddy(t, "http://:"+addr[strings.LastIndex(addr, ":")+1:]+" {\nbind 127.0.0.1\n"+adapt(t, block, "127.0.0.1:8989", a)+
+				adapt(t, block, "127.0.0.1:8989", b, "/chat", "/other")+"}\n")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			room, other := startRoom(t), startRoom(t)
+			addr, _ := serve(t, func(addr string) *exec.Cmd {
+				return start(t, addr, strings.TrimPrefix(room.url, "http://"), strings.TrimPrefix(other.url, "http://"))
+			})
+			site := "http://chat.test" + addr[strings.LastIndex(addr, ":"):]
+			b := startBrowser(t)
+			b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + lessonScript})
+			b.open(site + "/chat") // to the login, and from there to the room
+			b.wait("the login", "location.pathname === '/chat/login'")
+			b.keys("#user", "小明\uE007")
+			b.wait("the room is live", "location.pathname === '/chat/' && state() === 'live'")
+			if got := call[[]struct{ Path string }](b, "GET", "/cookie", nil); len(got) != 1 || got[0].Path != "/chat/" {
+				t.Errorf("the browser has the cookies %v, want one for /chat/", got)
+			}
+			b.say("below a path")
+			b.hasText("below a path")
+			newClient(t, room.url).say("from elsewhere")
+			b.hasText("from elsewhere")
+			if got := string(b.cdp("Target.getTargets", nil)); !strings.Contains(got, site+"/chat/assets/stream.js") {
+				t.Errorf("no shared worker: %s", got)
+			}
+			js[any](b, "window.same = true; $('#text').value = 'a draft'; $('#text').dispatchEvent(new Event('input'))")
+			chat := b.tab()
+
+			b.newTab() // another name in the other room is nothing to the first
+			b.cdp("Page.addScriptToEvaluateOnNewDocument", map[string]any{"source": short + lessonScript})
+			b.login(site+"/other", "Ada")
+			b.checks(check{"the other room has other messages, and no draft of the first", "$('.me').textContent === 'Ada' && !texts().length && !$('#text').value"})
+
+			b.open(site + "/chat/?view=projector")
+			b.wait("the projector shows the room", "state() === 'live' && texts().length === 2")
+			b.checks(check{"and where to join", fmt.Sprintf("$('.address b').textContent === '%s/chat'", site)})
+
+			b.open(site + "/chat/lesson")
+			b.wait("all ways receive", "state() === 'live'")
+			b.keys("#message", "from the lesson\uE007")
+			b.wait("it comes by all of them", "ways.every((name) => lines(name).join() === '小明: from the lesson')")
+			b.wait("its request is shown as it is", "raw('#request')[0] === 'GET /chat/stream?wait=0 HTTP/1.1'")
+			b.checks(check{"the exact bytes are found", "num('polling', 'bytes') > 0 && [...way('polling').querySelectorAll('.bar')].every((bar) => bar.dataset.state)"},
+				check{"a way back", "$('header a').pathname === '/chat/'"})
+			b.cdp("Network.setCookie", map[string]any{"url": site + "/chat/", "path": "/chat/", "name": "chat_session", "value": "v1.of.nobody"})
+			b.keys("#message", "without a session\uE007")
+			b.wait("the login", "location.pathname === '/chat/login'")
+			b.keys("#user", "小明\uE007")
+			b.wait("which leads back", "location.pathname === '/chat/lesson' && state() === 'live'")
+			b.checks(check{"once", "!document.cookie"})
+
+			b.toTab(chat)
+			b.hasText("from the lesson")
+			b.checks(check{"the first room's page has stayed", "window.same && $('#text').value === 'a draft'"})
+			b.click("#logout button")
+			b.wait("logged out", "location.pathname === '/chat/login'")
+
+			type entry struct{ Message string }
+			urls := regexp.MustCompile(`"request":{[^}]*?"url":"(http[^"]*)"`)
+			for _, e := range call[[]entry](b, "POST", "/se/log", map[string]any{"type": "performance"}) {
+				if strings.Contains(e.Message, `"Network.requestWillBeSent"`) {
+					for _, asked := range allMatches(urls, e.Message) {
+						if !strings.HasPrefix(asked, site+"/chat") && !strings.HasPrefix(asked, site+"/other/") {
+							t.Errorf("a request to %s", asked)
+						}
+					}
+				}
+			}
+		})
+	}
 }
 
 // TestProxyThatChangesHost has a proxy that sends its own idea of Host.
@@ -10720,7 +10807,7 @@ func TestProcessesBehindNginx(t *testing.T) {
 func TestProcessesBehindCaddy(t *testing.T) {
 	t.Parallel()
 	p := startProxied(t, func(p *proxied, port string) *exec.Cmd {
-		return caddy(t, "\tskip_install_trust\n\tauto_https disable_redirects\n", adapt(t, blocks(t, "caddyfile")[0],
+		return caddy(t, adapt(t, blocks(t, "caddyfile")[0],
 			"chat.example.org {", "https://localhost:"+port+" {\n\tbind 127.0.0.1\n\ttls internal",
 			"127.0.0.1:8989", "127.0.0.1:"+p.ports[0], "127.0.0.1:8990", "127.0.0.1:"+p.ports[1]))
 	})
@@ -11036,7 +11123,7 @@ func TestLayout(t *testing.T) {
 func TestPagesAreWhole(t *testing.T) {
 	s := newTestServer(t, &config{}, t.Logf)
 	links := regexp.MustCompile(`(?:src|href|action)="([^"]*)"`)
-	routes := []string{"/", "/login", "/logout", "/post", "/lesson"}
+	routes := []string{"", "./", "login", "logout", "post", "lesson"} // relative: the room may lie below a path
 	names, _ := filepath.Glob("assets/*.html")
 	for _, name := range names {
 		for _, lang := range []string{"en", "zh"} {
@@ -11045,7 +11132,7 @@ func TestPagesAreWhole(t *testing.T) {
 			same(t, s.pages.ExecuteTemplate(&b, filepath.Base(name), v), nil, "%s in %s", name, lang)
 			for _, link := range allMatches(links, b.String()) {
 				path, _, _ := strings.Cut(link, "?")
-				_, err := assets.Open(strings.TrimPrefix(path, "/"))
+				_, err := assets.Open(path)
 				expect(t, err == nil || slices.Contains(routes, path) || strings.HasPrefix(link, "#"),
 					"%s in %s links to %q, which does not exist", name, lang, link)
 			}

@@ -19,7 +19,7 @@
 
    A part that has to remember something is an object, which holds it. */
 import { connect } from './stream.js';
-import { forget, isOurs, keyOf, logIn } from './keys.js';
+import { forget, home, isOurs, keyOf, logIn } from './keys.js';
 import { Outbox } from './outbox.js';
 import { cut, pieces } from './text.js';
 
@@ -213,7 +213,7 @@ const history = {
 /** The count in the title, and another icon. @param {number} unread */
 function badge(unread) {
   document.title = unread ? `(${unread}) ${room}` : room;
-  icon.href = unread ? '/assets/unread.svg' : '/assets/favicon.svg';
+  icon.href = unread ? 'assets/unread.svg' : 'assets/favicon.svg';
 }
 
 on(document, 'visibilitychange', () => {
@@ -723,7 +723,7 @@ function grow() {
 /** Draft and outbox live in this tab's storage, with the name they were written under. */
 function save() {
   try {
-    sessionStorage.setItem('chat', JSON.stringify({ name: me, draft: box.value, letters: outbox.unsent() }));
+    sessionStorage.setItem(home, JSON.stringify({ name: me, draft: box.value, letters: outbox.unsent() }));
   } catch { /* full or forbidden: the page works without */ }
 }
 
@@ -731,7 +731,7 @@ function save() {
 function restore() {
   let kept = { name: me, draft: '', letters: [] };
   try {
-    kept = JSON.parse(sessionStorage.getItem('chat') ?? '') ?? kept;
+    kept = JSON.parse(sessionStorage.getItem(home) ?? '') ?? kept;
   } catch { /* nothing there */ }
   const early = box.value;          // typed before this script was here
   composer.write(early === kept.draft ? early : kept.draft + early); // before the letters: it saves
@@ -743,26 +743,27 @@ function restore() {
 async function logout(e) {
   e.preventDefault();
   try {
-    await fetch('/logout', { method: 'POST', redirect: 'manual' });
+    await fetch('logout', { method: 'POST', redirect: 'manual' });
   } catch {
     notice.textContent = T.logout_failed;
     return;
   }
-  sessionStorage.removeItem('chat');
+  sessionStorage.removeItem(home);
   forget();
-  tabs?.postMessage('');
-  location.assign('/login');
+  tabs.postMessage('');
+  location.assign('login');
 }
 
 // ---- start ----
 
 /** Another tab has logged out, or in with another name: this one follows. */
-const tabs = typeof BroadcastChannel === 'undefined' ? null : new BroadcastChannel('chat-name');
-if (tabs) tabs.onmessage = ({ data }) => {
-  if (data === '') sessionStorage.removeItem('chat');
+const tabs = new BroadcastChannel(home);
+tabs.onmessage = ({ data }) => {
+  if (data === '') sessionStorage.removeItem(home);
   if (data !== me) location.reload();
 };
-tabs?.postMessage(me);
+tabs.postMessage(me);
 
 if (form) composer.start();
+$('join')?.append(home.slice(0, -1));
 connect(arrive);

@@ -50,9 +50,12 @@ export function forget() {
   } catch { /* forbidden */ }
 }
 
+/** The room's path: / or that of a proxy. */
+export const home = new URL('..', import.meta.url).pathname;
+
 /** The session has ended: to the login, and from there back to this page. */
 export function logIn() {
-  const page = location.pathname + location.search;
-  document.cookie = `chat_next=${encodeURIComponent(page)}; path=/; max-age=600; samesite=lax`;
-  location.assign('/login');
+  const page = '/' + location.pathname.slice(home.length) + location.search;
+  document.cookie = `chat_next=${encodeURIComponent(page)}; path=${home}; max-age=600; samesite=lax`;
+  location.assign('login');
 }

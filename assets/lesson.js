@@ -11,7 +11,7 @@
      who looks        while nobody looks, or after Break, there is no connection
 
    Nothing is estimated. What was not measured is an empty cell. */
-import { keep, keyOf, logIn, newKey } from './keys.js';
+import { home, keep, keyOf, logIn, newKey } from './keys.js';
 
 const WINDOW = 40;            // s on the time line, as its axis in lesson.html says
 const PLOT = 50;              // delays in the plot
@@ -94,7 +94,7 @@ class Way {
     part('.lane > b').textContent = part('h2 span').textContent = name;
     part('.lane').setAttribute('aria-label', fill(T.lesson_lane, { n: name }));
     part('.about').textContent = about;
-    part('code').textContent = 'GET /stream' + (wait && `?wait=${wait}`);
+    part('code').textContent = `GET ${home}stream` + (wait && `?wait=${wait}`);
     this.cells = { requests: part('.requests'), bytes: part('.bytes'), messages: part('.messages'),
       delay: part('.delay'), spread: part('.spread'), delays: part('.delays'), newest: part('.newest') };
     this.strip = part('.strip');
@@ -105,7 +105,7 @@ class Way {
     this.close();
     this.cursor = this.cursor || start;
     const query = new URLSearchParams({ ...(this.wait && { wait: this.wait }), after: this.cursor });
-    this.source = new EventSource(`/stream?${query}`);
+    this.source = new EventSource(`stream?${query}`);
     this.source.onopen = () => this.begin();
     this.source.onerror = () => this.fail();
     for (const type of ['message', 'ping', 'wait', 'gap']) {
@@ -152,7 +152,7 @@ class Way {
    *  does not tell why it was refused, so that is asked for. */
   async later() {
     const refused = this.source;
-    const res = await fetch('/stream?wait=0', { method: 'HEAD' }).catch(() => null);
+    const res = await fetch('stream?wait=0', { method: 'HEAD' }).catch(() => null);
     if (refused !== this.source) return;
     if (res?.status === 401) return logIn();
     const asked = Number(res?.headers.get('Retry-After') ?? 0);
@@ -224,7 +224,7 @@ const all = [
 new PerformanceObserver((list) => {
   for (const e of /** @type {PerformanceResourceTiming[]} */ (list.getEntries())) {
     const url = new URL(e.name);
-    if (url.pathname !== '/stream' || e.initiatorType === 'fetch') continue;
+    if (url.pathname !== `${home}stream` || e.initiatorType === 'fetch') continue;
     all.find((way) => way.wait === (url.searchParams.get('wait') ?? ''))?.measure(e);
   }
   performance.clearResourceTimings();
@@ -339,7 +339,7 @@ async function post(text, key) {
   if (!posted.has(key)) posted.set(key, now());
   if (posted.size > PLOT) posted.delete(posted.keys().next().value ?? '');
   const marks = all.map((way) => mark(way, 'post', now()));
-  const res = await fetch('/post', { method: 'POST', headers: { 'Idempotency-Key': key },
+  const res = await fetch('post', { method: 'POST', headers: { 'Idempotency-Key': key },
     body: new URLSearchParams({ message: text }) }).catch(() => null);
   if (res?.status === 401) logIn();
   if (res && res.status >= 400 && res.status < 500) { // refused: it was not sent
@@ -420,14 +420,14 @@ async function showWire() {
  *  @param {string} after */
 async function readWire(after) {
   const headers = { Accept: 'text/event-stream', ...(after && { 'Last-Event-ID': after }) };
-  const res = await fetch('/stream?wait=0', { headers, cache: 'no-store' });
+  const res = await fetch('stream?wait=0', { headers, cache: 'no-store' });
   if (res.status === 401) logIn();
   if (!res.ok) throw res;
   const text = await res.text();
   const lines = headLines(res);
   headBytes = size(lines.join('\r\n') + '\r\n');
   head.textContent = number(headBytes);
-  list(request, ['GET /stream?wait=0 HTTP/1.1', `Host: ${location.host}`,
+  list(request, [`GET ${home}stream?wait=0 HTTP/1.1`, `Host: ${location.host}`,
     ...Object.entries(headers).map(([name, value]) => `${name}: ${value}`), T.lesson_more_request, '']
     .map((line) => `request ${line}`));
   list(answer, [...shortHead(lines).map((line) => `head ${line}`),
@@ -527,6 +527,7 @@ breaker.addEventListener('click', () => {
   broken ? close() : open();
 });
 
+$('join')?.append(home.slice(0, -1));
 document.addEventListener('visibilitychange', see);
 addEventListener('pagehide', close);
 addEventListener('pageshow', (e) => e.persisted && location.reload()); // Safari wakes what was closed

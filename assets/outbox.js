@@ -146,7 +146,7 @@ export class Outbox {
     const stop = new AbortController();
     const timer = setTimeout(() => stop.abort(), ANSWER);
     try {
-      const res = await fetch('/post', { method: 'POST', keepalive: true, redirect: 'manual',
+      const res = await fetch('post', { method: 'POST', keepalive: true, redirect: 'manual',
         headers: { 'Idempotency-Key': letter.key }, signal: stop.signal,
         body: new URLSearchParams({ message: letter.text }) });
       return [res.status, Number(res.headers.get('Retry-After')) || 0];

@@ -18,7 +18,8 @@
  *  down (the stream is lost), login (the server wants a session), unknown and hello (see serve).
  *  @typedef {{type: string, id?: string, text?: string}} Told */
 
-const SELF = '/assets/stream.js';
+const SELF = import.meta.url;
+const STREAM = new URL('../stream', SELF);
 const FIRST_WORD = 5_000;   // without an event for so long after opening: the answer is held back
 const SILENCE = 38_000;     // without an event for so long: dead (the server pings every 15 s)
 const STALE = 20_000;       // the same, when somebody has just come back to the page
@@ -46,7 +47,7 @@ export function openStream(after, tell) {
     wait = mode;
     quiet = true;
     heard = Date.now();
-    source = new EventSource('/stream?' + new URLSearchParams({
+    source = new EventSource(STREAM + '?' + new URLSearchParams({
       ...(cursor && { after: cursor }), ...(wait && { wait }) }));
     for (const type of ['message', 'ping', 'wait', 'gap']) source.addEventListener(type, receive);
     source.onerror = fail;
@@ -96,7 +97,7 @@ export function openStream(after, tell) {
     gone.close();
     down();
     expect(FIRST_WORD, later); // if this gets no answer either
-    const res = await fetch('/stream?wait=0', { method: 'HEAD' }).catch(() => null);
+    const res = await fetch(STREAM + '?wait=0', { method: 'HEAD' }).catch(() => null);
     if (gone !== source) return;
     if (res?.status === 401) tell({ type: 'login' });
     later(Number(res?.headers.get('Retry-After')));
@@ -153,9 +154,9 @@ export function connect(tell) {
 /** Events from the worker. @param {() => string} cursor @param {(e: Told) => void} hear
  *  @param {() => void} giveUp called when the worker does not answer */
 function shared(cursor, hear, giveUp) {
-  // @ts-ignore: the page accepts script addresses only from a policy (require-trusted-types-for)
+  // @ts-ignore: the page takes a script's address from a policy alone
   const policy = globalThis.trustedTypes?.createPolicy('chat', { createScriptURL: (url) => url });
-  const url = policy ? policy.createScriptURL(SELF) : SELF;
+  const url = policy?.createScriptURL(SELF) ?? SELF;
   const worker = new SharedWorker(url, { type: 'module', name: 'chat' });
   let patience = setTimeout(dead, PATIENCE);
 
@@ -191,7 +192,7 @@ function shared(cursor, hear, giveUp) {
  *  @param {() => string} cursor @param {(e: Told) => void} hear */
 function alone(cursor, hear) {
   const rank = Math.random();
-  const others = typeof BroadcastChannel === 'undefined' ? null : new BroadcastChannel('chat-streams');
+  const others = new BroadcastChannel(SELF);
   /** @type {ReturnType<typeof openStream> | null} */
   let stream = null;
   let answered = false;
@@ -199,7 +200,7 @@ function alone(cursor, hear) {
   const letGo = () => { stream?.close(); stream = null; };
 
   /** Of two hidden tabs the lower rank keeps its stream. */
-  if (others) others.onmessage = ({ data }) => {
+  others.onmessage = ({ data }) => {
     if (data.rank === undefined) {
       answered = true;
       if (document.hidden) letGo();
@@ -208,14 +209,14 @@ function alone(cursor, hear) {
   const pulse = setInterval(() => {
     if (!document.hidden) return;
     answered = false;
-    others?.postMessage({ rank });
+    others.postMessage({ rank });
     setTimeout(() => answered || take(), 1000);
   }, 30_000);
 
   take();
   return {
     check() { stream ? stream.check() : take(); },
-    close() { letGo(); clearInterval(pulse); others?.close(); },
+    close() { letGo(); clearInterval(pulse); others.close(); },
   };
 }
 
