@@ -8406,6 +8406,31 @@ func TestPageSizes(t *testing.T) {
 	}
 }
 
+// A disc shows the first character that is seen, not half a flag; emoji that stand alone are large.
+func TestPageEmoji(t *testing.T) {
+	b, p := visit(t)
+	for _, c := range []struct{ name, initial string }{
+		{"🐼 Panda", "🐼"}, {"🇨🇳Chen", "🇨🇳"}, {"👍🏽ok", "👍🏽"}, {"e\u0301mile", "E\u0301"}, {"1\u20e3", "1\u20e3"}, {"ßtefan", "SS"}, {"小红", "小"},
+	} {
+		p.send(frame(id(), "[10:00:00] "+c.name+": I am "+c.name))
+		b.hasText("I am " + c.name)
+		if got := js[string](b, "return $('#log .row:last-child .who').dataset.initial"); got != c.initial {
+			t.Errorf("the disc of %q has %q, want %q", c.name, got, c.initial)
+		}
+	}
+	for text, large := range map[string]bool{
+		"👋": true, "🎉🎉 🎉": true, "👨\u200d👩\u200d👧\u200d👦": true, "🙏🏿": true, "❤\ufe0f": true, "🇨🇳": true,
+		"ok 👌": false, "^^": false, "666": false, "好": false, strings.Repeat("😂", 9): false, "`👋`": false, "👋\n👋": false,
+	} {
+		p.send(frame(id(), "[10:00:00] Ada: "+text))
+		js[any](b, "window.size = () => parseFloat(getComputedStyle($('#log .row:last-child .text')).fontSize)")
+		b.wait(fmt.Sprintf("%q is large: %v", text, large), "$('#log .row:last-child .text').textContent === arguments[0] && (size() === 32) === arguments[1]", strings.Trim(text, "`"), large)
+	}
+	b.say("👍")
+	b.hasText("👍")
+	b.checks(check{"an own one, too, and it has no bubble", "(s => s.fontSize === '32px' && s.backgroundColor === 'rgba(0, 0, 0, 0)')(getComputedStyle(row('👍').querySelector('.text')))"})
+}
+
 // Whose message it is, is decided by the keys that this browser has sent, not by a name that
 // anybody can take.
 func TestPageOwn(t *testing.T) {
@@ -8475,6 +8500,7 @@ func TestPageLooks(t *testing.T) {
 	p.send(gapAndPing)
 	b.hasText("my own")
 	b.checks(check{"the time is small", "getComputedStyle(row('hello').querySelector('time')).fontSize === '12px'"})
+	b.checks(check{"an own time stands as near to its bubble as a name", "(h => h > 0 && h === row('hello').querySelector('.who').offsetHeight)(row('my own').querySelector('.who').offsetHeight)"})
 	for _, colour := range []string{"light", "dark"} {
 		b.media(map[string]string{"prefers-color-scheme": colour})
 		b.colours(colour)
@@ -8655,6 +8681,7 @@ func TestPageProjector(t *testing.T) {
 	b.checks(check{"Space goes on", "bottom() < 2 && !seen($('#pill'))"})
 	b.size(1280, 720)
 	p.send(frame(id(), "[10:00:00] Ada: ```go\nx\n```"))
+	b.checks(check{"code stands out from the wall", "(n => n && getComputedStyle(n).backgroundColor !== getComputedStyle(document.documentElement).backgroundColor && getComputedStyle(n).backgroundColor === getComputedStyle($('header')).backgroundColor)($('pre'))"})
 	b.checks(check{"the language of code can be read from the last row too", "$('pre') && parseFloat(getComputedStyle($('pre'), '::before').fontSize) >= 20"})
 	b.checks(check{"at 1280 px too", "parseFloat(getComputedStyle($('#log .text')).fontSize) >= 28 && document.scrollingElement.scrollWidth <= innerWidth && bottom() < 2"})
 	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("long ", 400)))
