@@ -8686,6 +8686,7 @@ func TestPageProjector(t *testing.T) {
 	b.checks(check{"at 1280 px too", "parseFloat(getComputedStyle($('#log .text')).fontSize) >= 28 && document.scrollingElement.scrollWidth <= innerWidth && bottom() < 2"})
 	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("long ", 400)))
 	b.checks(check{"a long text is folded, and nobody is there to unfold it", "$('#log .folded') && $('#log .folded').offsetHeight < innerHeight && !$('.more') && !$('.copy')"})
+	b.checks(check{"it fades, so that it is seen to go on", "/gradient/.test(getComputedStyle($('#log .folded')).webkitMaskImage)"})
 	p.stop()
 	b.wait("the banner", "state() === 'reconnecting'")
 	b.checks(check{"nobody is told to go on writing", "$('#status').textContent === 'Connecting…'"})
