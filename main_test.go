@@ -8497,6 +8497,8 @@ func TestPageLooks(t *testing.T) {
 	p.send(frame(id(), "[10:00:00] "+strings.Repeat("W", 24)+": hello"))
 	b.say("my own")
 	b.hasText("my own")
+	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("long ", 400)))
+	b.wait("a folded text", "$('.folded')")
 	p.send(gapAndPing)
 	b.hasText("my own")
 	b.checks(check{"the time is small", "getComputedStyle(row('hello').querySelector('time')).fontSize === '12px'"})
@@ -8509,6 +8511,7 @@ func TestPageLooks(t *testing.T) {
 	b.colours("forced colours")
 	b.checks(
 		check{"with forced colours a bubble has a border, an own one another", "((a, b) => parseInt(a.borderTopWidth) >= 1 && a.borderTopColor !== a.backgroundColor && a.borderTopColor !== b.borderTopColor)(...['hello', 'my own'].map((t) => getComputedStyle(row(t).querySelector('.text'))))"},
+		check{"nothing fades", "getComputedStyle($('.folded')).webkitMaskImage === 'none'"},
 		check{"and the state keeps its dot", "(s => s.backgroundColor !== getComputedStyle($('header')).backgroundColor && parseInt(s.width) >= 8)(getComputedStyle($('#status'), '::before'))"},
 	)
 	b.media(map[string]string{"prefers-reduced-motion": "reduce"})
