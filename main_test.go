@@ -8506,6 +8506,31 @@ func TestPageSizes(t *testing.T) {
 	expect(t, letters[1920] >= 40 && math.Abs(letters[3840]-2*letters[1920]) <= 1, "letters of %v px", letters)
 }
 
+// A disc shows the first character that is seen, not half a flag; emoji that stand alone are large.
+func TestPageEmoji(t *testing.T) {
+	b, p := visit(t)
+	for _, c := range []struct{ name, initial string }{
+		{"🐼 Panda", "🐼"}, {"🇨🇳Chen", "🇨🇳"}, {"👍🏽ok", "👍🏽"}, {"e\u0301mile", "E\u0301"}, {"1\u20e3", "1\u20e3"}, {"ßtefan", "SS"}, {"小红", "小"},
+	} {
+		p.send(frame(id(), "[10:00:00] "+c.name+": I am "+c.name))
+		b.hasText("I am " + c.name)
+		if got := js[string](b, "return $('#log .row:last-child .who').dataset.initial"); got != c.initial {
+			t.Errorf("the disc of %q has %q, want %q", c.name, got, c.initial)
+		}
+	}
+	for text, large := range map[string]bool{
+		"👋": true, "🎉🎉 🎉": true, "👨\u200d👩\u200d👧\u200d👦": true, "🙏🏿": true, "❤\ufe0f": true, "🇨🇳": true,
+		"ok 👌": false, "^^": false, "666": false, "好": false, strings.Repeat("😂", 9): false, "`👋`": false, "👋\n👋": false,
+	} {
+		p.send(frame(id(), "[10:00:00] Ada: "+text))
+		js[any](b, "window.size = () => parseFloat(getComputedStyle($('#log .row:last-child .text')).fontSize)")
+		b.wait(fmt.Sprintf("%q is large: %v", text, large), "$('#log .row:last-child .text').textContent === arguments[0] && (size() === 32) === arguments[1]", strings.Trim(text, "`"), large)
+	}
+	b.says("👍")
+	b.hasText("👍")
+	b.checks(check{"an own one, too, and it has no bubble", "(s => s.fontSize === '32px' && s.backgroundColor === 'rgba(0, 0, 0, 0)')(getComputedStyle(row('👍').querySelector('.text')))"})
+}
+
 // Whose message it is, is decided by the keys that this browser has sent, not by a name that
 // anybody can take.
 func TestPageOwn(t *testing.T) {
@@ -8566,14 +8591,18 @@ func TestPageLooks(t *testing.T) {
 	p.send(frame(id(), "[10:00:00] 李雷: ```\n"+long+"\n```\nhttps://example.com/"+long+" `"+long+"` plain"))
 	p.send(frame(id(), "[10:00:00] "+strings.Repeat("W", 24)+": hello"))
 	b.says("my own")
+	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("long ", 400)))
+	b.wait("a folded text", "$('.folded')")
 	p.send(gapAndPing)
 	b.hasText("my own")
 	b.checks(check{"the time is small", "getComputedStyle(row('hello').querySelector('time')).fontSize === '12px'"})
+	b.checks(check{"an own time stands as near to its bubble as a name", "(h => h > 0 && h === row('hello').querySelector('.who').offsetHeight)(row('my own').querySelector('.who').offsetHeight)"})
 	b.lightAndDark("chat")
 	b.media(map[string]string{"forced-colors": "active"})
 	b.colours("forced colours")
 	b.checks(
 		check{"with forced colours a bubble has a border, an own one another", "((a, b) => parseInt(a.borderTopWidth) >= 1 && a.borderTopColor !== a.backgroundColor && a.borderTopColor !== b.borderTopColor)(...['hello', 'my own'].map((t) => getComputedStyle(row(t).querySelector('.text'))))"},
+		check{"nothing fades", "getComputedStyle($('.folded')).webkitMaskImage === 'none'"},
 		check{"and the state keeps its dot", "(s => s.backgroundColor !== getComputedStyle($('header')).backgroundColor && parseInt(s.width) >= 8)(getComputedStyle($('#status'), '::before'))"},
 	)
 	b.media(map[string]string{"prefers-reduced-motion": "reduce"})
@@ -8746,10 +8775,12 @@ func TestPageProjector(t *testing.T) {
 	b.checks(check{"Space goes on", "bottom() < 2 && !seen($('#pill'))"})
 	b.size(1280, 720)
 	p.send(frame(id(), "[10:00:00] Ada: ```go\nx\n```"))
+	b.checks(check{"code stands out from the wall", "(n => n && getComputedStyle(n).backgroundColor !== getComputedStyle(document.documentElement).backgroundColor && getComputedStyle(n).backgroundColor === getComputedStyle($('header')).backgroundColor)($('pre'))"})
 	b.checks(check{"the language of code can be read from the last row too", "$('pre') && parseFloat(getComputedStyle($('pre'), '::before').fontSize) >= 20"})
 	b.checks(check{"at 1280 px too", "parseFloat(getComputedStyle($('#log .text')).fontSize) >= 28 && document.scrollingElement.scrollWidth <= innerWidth && bottom() < 2"})
 	p.send(frame(id(), "[10:00:00] Ada: "+strings.Repeat("long ", 400)))
 	b.checks(check{"a long text is folded, and nobody is there to unfold it", "$('#log .folded') && $('#log .folded').offsetHeight < innerHeight && !$('.more') && !$('.copy')"})
+	b.checks(check{"it fades, so that it is seen to go on", "/gradient/.test(getComputedStyle($('#log .folded')).webkitMaskImage)"})
 	p.stop()
 	b.wait("the banner", "state() === 'reconnecting'")
 	b.checks(check{"nobody is told to go on writing", "$('#status').textContent === 'Connecting…'"})

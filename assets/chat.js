@@ -242,7 +242,9 @@ function row(e) {
 /** Name, colour, time. @param {any} node @param {string} who @param {string} time @param {number} at */
 function sign(node, who, time, at) {
   node.querySelector('bdi').textContent = who;
-  const initial = node.firstElementChild.dataset.initial = [...who][0].toUpperCase();
+  // The first character: a flag is two, a tone of skin belongs to the hand.
+  const [first] = /\p{RI}{2}|[^][\p{M}🏻-🏿]*/u.exec(who) ?? '';
+  const initial = node.firstElementChild.dataset.initial = first.toUpperCase();
   node.firstElementChild.classList.toggle('odd', initial > '\ufcff');
   node.querySelector('time').textContent = time;
   Object.assign(node.dataset, { who, at });
@@ -333,8 +335,10 @@ function previous(node) {
 function fill(node, text) {
   const lines = text.split('\n').length, isLong = length(text) > CHARS || lines > LINES;
   const all = pieces(isLong ? text.slice(0, CHARS) : text);
-  node.parentElement?.classList.toggle('broad', text.length > CHARS / 2 || all.some((p) => p.kind === 'block'));
-  node.parentElement?.classList.toggle('marked', /\p{M}{3}/u.test(text));
+  const { classList } = /** @type {any} */ (node.parentNode);
+  classList.toggle('emoji', /^[\p{So}🏻-🏿\u200d\ufe0f ]{1,8}$/u.test(text));
+  classList.toggle('broad', text.length > CHARS / 2 || all.some((p) => p.kind === 'block'));
+  classList.toggle('marked', /\p{M}{3}/u.test(text));
   node.append(render(isLong ? cut(all, ...SHOWN)[0] : all));
   if (isLong) folds.fold(node, text, lines > LINES ? say('show_all', lines) : T.show_rest);
   else if (text.length > CHARS / 6 || lines > LINES / 3) folds.unsure.push(node);
