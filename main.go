@@ -47,7 +47,7 @@ messages travel through Redis PUBLISH and SUBSCRIBE.
 	GET  /ws             the same events as on /stream through a WebSocket, each a text message. One
 	                     that comes in is a post: data: lines, and id: if it has a key. The answer
 	                     is event: reply, with status and id, or reason and retryAfter, in JSON
-	GET  /lesson         the three ways to receive, side by side
+	GET  /lesson         the four ways to receive, side by side
 	GET  /healthz        200 ok, or 503 and why
 	GET  /metrics        numbers for a Prometheus on this machine; 404 to others
 	GET  /assets/...     style, scripts and icons of the pages

@@ -6780,11 +6780,13 @@ type pageRelay struct {
 	instead string         // what a stream gets instead of the server's answer
 	keys    []string       // Idempotency-Key of every POST /post that came
 	streams map[chan string]bool
+	sockets map[net.Conn]bool
 	opened  []string // what was asked of /stream
+	posted  *http.Request
 }
 
 func startPageRelay(t *testing.T, target string) *pageRelay {
-	p := &pageRelay{t: t, target: target, addr: "127.0.0.1:0", status: map[string]int{}, streams: map[chan string]bool{}}
+	p := &pageRelay{t: t, target: target, addr: "127.0.0.1:0", status: map[string]int{}, streams: map[chan string]bool{}, sockets: map[net.Conn]bool{}}
 	p.start()
 	t.Cleanup(p.stop)
 	return p
@@ -6804,7 +6806,14 @@ func (p *pageRelay) start() {
 }
 
 // stop ends every connection at once, as a killed server does.
-func (p *pageRelay) stop() { p.server.Close() }
+func (p *pageRelay) stop() {
+	p.server.Close()
+	p.set(func() {
+		for c := range p.sockets {
+			c.Close()
+		}
+	})
+}
 
 func (p *pageRelay) restart() { p.stop(); p.start() }
 
@@ -6854,7 +6863,7 @@ func (p *pageRelay) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.mu.Lock()
 	status, swallow, hold, delay, instead := p.status[r.URL.Path], p.swallow, p.hold, p.delay, p.instead
 	if r.URL.Path == "/post" {
-		p.keys = append(p.keys, r.Header.Get("Idempotency-Key"))
+		p.keys, p.posted = append(p.keys, r.Header.Get("Idempotency-Key")), r
 	}
 	if r.URL.Path == "/stream" && r.Method == "GET" {
 		p.opened = append(p.opened, r.URL.RawQuery)
@@ -6882,6 +6891,10 @@ func (p *pageRelay) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler) // the connection breaks without an answer
 	}
 	defer res.Body.Close()
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		p.passSocket(w, res)
+		return
+	}
 	for k, v := range res.Header {
 		w.Header()[k] = v
 	}
@@ -6925,6 +6938,21 @@ func (p *pageRelay) passStream(w http.ResponseWriter, body io.Reader) {
 			return
 		}
 	}
+}
+
+// passSocket passes bytes on, both ways, until either side ends.
+func (p *pageRelay) passSocket(w http.ResponseWriter, res *http.Response) {
+	conn, _, err := w.(http.Hijacker).Hijack()
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	p.set(func() { p.sockets[conn] = true })
+	defer p.set(func() { delete(p.sockets, conn) })
+	server := res.Body.(io.ReadWriteCloser)
+	(&http.Response{StatusCode: res.StatusCode, ProtoMajor: 1, ProtoMinor: 1, Header: res.Header}).Write(conn)
+	go func() { io.Copy(server, conn); server.Close() }()
+	io.Copy(conn, server)
 }
 
 // frame encodes a message as the server does.
@@ -8931,18 +8959,19 @@ const lessonScript = `
 	window.way = (name) => document.querySelector('[data-way="' + name + '"]');
 	window.cell = (name, what) => way(name).querySelector('dd.' + what).textContent;
 	window.num = (name, what) => Number(cell(name, what).replaceAll(',', '') || NaN);
-	window.ways = ['polling', 'long', 'sse'];
+	window.ways = ['polling', 'long', 'sse', 'ws'];
 	window.each = (what) => ways.map((name) => num(name, what));
 	window.lines = (name) => [...way(name).querySelectorAll('.newest li')].map((n) => n.textContent.slice(11));
 	window.raw = (id) => [...document.querySelectorAll(id + ' > li')].map((n) => n.textContent);
 `
 
-// openLesson opens the lesson of a room, and waits until all three columns receive.
+// openLesson opens the lesson of a room, and waits until all four columns receive.
 func openLesson(t *testing.T, url string, args ...string) *browser {
 	t.Helper()
 	b := startBrowser(t, args...)
 	b.inject(lessonScript)
 	b.enter(url + "/lesson")
+	b.wait("all four receive", "state() === 'live'")
 	return b
 }
 
@@ -8971,10 +9000,10 @@ func TestLessonCounts(t *testing.T) {
 	twin := &counter{}
 	twin.open(t, person, "/stream?after="+first)
 	b.checks(check{"no number before there is one", "ways.every((name) => cell(name, 'delay') === '')"},
-		check{"the lesson begins at the newest message", "each('messages').join() === '0,0,0'"})
+		check{"the lesson begins at the newest message", "each('messages').join() === '0,0,0,0'"})
 	person.postKey(lessonKey(1), "from the room")
 	b.keys("#message", "from the lesson\uE007")
-	b.wait("both are in all three columns", "each('messages').join() === '2,2,2'")
+	b.wait("both are in all three columns", "each('messages').join() === '2,2,2,2'")
 	b.checks(
 		check{"the same two in each", "ways.every((name) => lines(name).join() === 'anonymous: from the lesson,anonymous: from the room')"},
 		check{"the delay of the one that was sent here", "ways.every((name) => /^[\\d.]+ m?s$/.test(cell(name, 'delay')) && way(name).querySelectorAll('.delays i').length === 1)"},
@@ -8985,8 +9014,9 @@ func TestLessonCounts(t *testing.T) {
 
 	time.Sleep(10*time.Second - time.Since(begun))
 	got := js[[]int](b, "return each('requests')")
-	expect(t, got[0] >= 4 && got[0] <= 7 && got[1] >= 2 && got[1] <= 4 && got[2] == 1,
-		"after 10 s polling, long polling and SSE made %v requests, want 4 to 7, 2 to 4, and 1", got)
+	if got[0] < 4 || got[0] > 7 || got[1] < 2 || got[1] > 4 || got[2] != 1 || got[3] != 1 {
+		t.Errorf("after 10 s polling, long polling, SSE and WebSocket made %v requests, want 4 to 7, 2 to 4, 1, and 1", got)
+	}
 	b.checks(check{"as many bars", "ways.every((name) => way(name).querySelectorAll('.strip .bar').length === num(name, 'requests'))"},
 		check{"polling's are mostly empty", "way('polling').querySelectorAll('[data-state=empty]').length >= 2"},
 		check{"and its others are full", "[1, 2].includes(way('polling').querySelectorAll('[data-state=full]').length)"},
@@ -8994,7 +9024,21 @@ func TestLessonCounts(t *testing.T) {
 
 	head, body := twin.read()
 	b.checks(check{"the header's size", fmt.Sprintf("Number($('#head').textContent) === %d", head)})
-	same(t, js[int](b, "return num('sse', 'bytes')"), head+body, "SSE received")
+	if got := js[int](b, "return num('sse', 'bytes')"); got != head+body {
+		t.Errorf("SSE received %d bytes by the page's count, %d by ours", got, head+body)
+	}
+	// The same events in frames: three of them, each with a head of two bytes, behind another header.
+	handshake, conn := 0, dial(t, room.url)
+	io.WriteString(conn, shake("/ws"))
+	for line, in := "", bufio.NewReader(conn); line != "\r\n"; handshake += len(line) {
+		var err error
+		if line, err = in.ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, want := js[int](b, "return num('ws', 'bytes')"), handshake+body+3*2; got != want {
+		t.Errorf("the WebSocket received %d bytes by the page's count, %d by ours", got, want)
+	}
 	empty := len("retry: 2000\n") + len(pingAt(first))
 	messages := body - empty // the rest of the twin's: the same two messages
 	b.wait("polling's bytes are exact", "num('polling', 'bytes') === num('polling', 'requests') * arguments[0] + arguments[1]", head+empty, messages)
@@ -9112,7 +9156,7 @@ func TestLessonLosesNothing(t *testing.T) {
 	p := startPageRelay(t, room.url)
 	b := openLesson(t, p.url())
 	one := person.sayAs(lessonKey(1), "one")
-	b.wait("one", "each('messages').join() === '1,1,1'")
+	b.wait("one", "each('messages').join() === '1,1,1,1'")
 
 	// The button.
 	b.click("#break")
@@ -9124,11 +9168,12 @@ func TestLessonLosesNothing(t *testing.T) {
 	b.wait("three is sent", "$('#message').value === ''")
 	four := person.sayAs(lessonKey(4), "four\nand its second line")
 	time.Sleep(2500 * time.Millisecond)
-	after := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens("")
-	expect(t, after == before, "%d requests while the connections are broken", after-before)
-	b.checks(check{"nothing comes meanwhile", "each('messages').join() === '1,1,1'"})
+	if after := p.lessonOpens("0") + p.lessonOpens("25s") + p.lessonOpens(""); after != before {
+		t.Errorf("%d requests while the connections are broken", after-before)
+	}
+	b.checks(check{"nothing comes meanwhile", "each('messages').join() === '1,1,1,1'"})
 	b.click("#break")
-	b.wait("what was missed", "each('messages').join() === '4,4,4'")
+	b.wait("what was missed", "each('messages').join() === '4,4,4,4'")
 	time.Sleep(1500 * time.Millisecond) // a second look at the wire would have come by now
 	b.checks(
 		check{"in its order", `ways.every((name) => lines(name).join('|') === 'Ada: four\nand its second line|anonymous: three|Ada: two')`},
@@ -9156,19 +9201,19 @@ func TestLessonLosesNothing(t *testing.T) {
 	time.Sleep(2500 * time.Millisecond)
 	same(t, p.lessonOpens("0")+p.lessonOpens("25s")+p.lessonOpens(""), before, "requests since the tab is hidden, and before")
 	js[any](b, "hide(false)")
-	b.wait("it comes back", "each('messages').join() === '5,5,5'")
+	b.wait("it comes back", "each('messages').join() === '5,5,5,5'")
 
 	// A server that refuses: an EventSource gives up for good, the page does not.
 	came := []int{p.lessonOpens("0"), p.lessonOpens("25s"), p.lessonOpens("")}
-	p.set(func() { p.status["/stream"] = 503 })
+	p.set(func() { p.status["/stream"], p.status["/ws"] = 503, 503 })
 	p.restart()
 	eventually(t, "all three to be refused", func() bool {
 		return p.lessonOpens("0") > came[0] && p.lessonOpens("25s") > came[1] && p.lessonOpens("") > came[2]
 	})
 	b.wait("the loss is shown", "state() === 'reconnecting'")
 	person.postKey(lessonKey(6), "six")
-	p.set(func() { delete(p.status, "/stream") })
-	b.wait("all three come back", "each('messages').join() === '6,6,6' && state() === 'live'")
+	p.set(func() { clear(p.status) })
+	b.wait("all four come back", "each('messages').join() === '6,6,6,6' && state() === 'live'")
 
 	// Refused posts keep their text, and come once.
 	p.set(func() { p.status["/post"] = 429 })
@@ -9179,7 +9224,7 @@ func TestLessonLosesNothing(t *testing.T) {
 	b.checks(check{"no answer", "$('#notice').textContent.startsWith('Not sure') && $('#message').value === 'seven'"})
 	p.set(func() { p.swallow = false })
 	b.keys("#message", "\uE007")
-	b.wait("it is in the room once", "$('#message').value === '' && $('#notice').textContent === '' && each('messages').join() === '7,7,7'")
+	b.wait("it is in the room once", "$('#message').value === '' && $('#notice').textContent === '' && each('messages').join() === '7,7,7,7'")
 	if tries, messages := p.posts(); tries < 4 || messages != 2 { // the browser may have retried, too
 		t.Errorf("%d tries of %d messages, want 4 or more of 2", tries, messages)
 	}
@@ -9202,14 +9247,14 @@ func TestLessonLooks(t *testing.T) {
 		args                []string
 		behind              string
 	}{
-		{"en", "Three ways to receive", "Break connections", nil, "in its memory"},
-		{"zh", "接收消息的三种方式", "断开连接", []string{"-redis", redis.addr, "-channel", "class:5"}, "通过 Redis 共享"},
+		{"en", "Four ways to receive", "Break connections", nil, "in its memory"},
+		{"zh", "接收消息的四种方式", "断开连接", []string{"-redis", redis.addr, "-channel", "class:5"}, "通过 Redis 共享"},
 	} {
 		room := startRoom(t, c.args...).joined()
 		b := openLesson(t, strings.Replace(room.url, "127.0.0.1", "chat.test", 1), "--accept-lang="+c.lang)
 		newClient(t, room.url).login("小明").say("你好 hello")
 		b.keys("#message", strings.Repeat("a long message ", 20)+"\uE007")
-		b.wait("messages", "each('messages').join() === '2,2,2' && raw('#answer').some((line) => line.includes('a long message'))")
+		b.wait("messages", "each('messages').join() === '2,2,2,2' && raw('#answer').some((line) => line.includes('a long message'))")
 		channel := "chat"
 		if c.args != nil {
 			channel = "class:5"
@@ -9217,23 +9262,25 @@ func TestLessonLooks(t *testing.T) {
 		b.checks(
 			check{c.lang, fmt.Sprintf("document.documentElement.lang === '%s' && document.title === '%s' && $('h1').textContent === '%s' && $('#break').textContent === '%s'", c.lang, c.title, c.title, c.button)},
 			check{"which process, and where the room is", fmt.Sprintf("$('main').innerText.includes('process ') && $('main').innerText.includes('%s')", c.behind)},
-			check{"the commands of one post", fmt.Sprintf(`$('pre').innerText === 'MULTI\nRPUSH %[1]s:history ' + $('#entry').textContent + '\nLTRIM %[1]s:history -4608 -1\nPUBLISH %[1]s:id ' + $('#id').textContent + '\nPUBLISH %[1]s ' + $('#line').textContent + '\nEXEC'`, channel)},
+			check{"the commands of one post", fmt.Sprintf(`$('#entry').parentNode.innerText === 'MULTI\nRPUSH %[1]s:history ' + $('#entry').textContent + '\nLTRIM %[1]s:history -4608 -1\nPUBLISH %[1]s:id ' + $('#id').textContent + '\nPUBLISH %[1]s ' + $('#line').textContent + '\nEXEC'`, channel)},
 			check{"lines to type", fmt.Sprintf("$$('pre').some((n) => n.textContent === 'redis-cli SUBSCRIBE %[1]s') && $$('pre').some((n) => n.textContent === 'redis-cli PUBLISH %[1]s hi')", channel)},
 			check{"a way back to the room", "$('header a').pathname === '/' && seen($('header a'))"},
 		)
 		b.lightAndDark("lesson, " + c.lang)
-		for _, size := range [][2]int{{1024, 768}, {390, 844}, {320, 568}} {
+		for _, size := range [][2]int{{1920, 1080}, {1366, 768}, {1280, 720}, {1024, 768}, {390, 844}, {320, 568}} {
 			b.size(size[0], size[1])
 			for _, wrong := range js[[]string](b, `const wrong = [];
 				if (document.scrollingElement.scrollWidth > document.documentElement.clientWidth) wrong.push('scrolls sideways');
-				for (const n of $$('a:not(.skip), button, input')) if (seen(n) && n.getBoundingClientRect().height < 44) wrong.push('under 44 px: ' + n.outerHTML.slice(0, 60));
+				for (const n of $$('a:not(.skip), button, input:not([type=radio]), fieldset label')) if (seen(n) && n.getBoundingClientRect().height < 44) wrong.push('under 44 px: ' + n.outerHTML.slice(0, 60));
 				for (const n of $$('main *, header *')) if (seen(n) && !n.closest('.strip, .newest, .unseen') && n.getBoundingClientRect().right > innerWidth + .5) wrong.push('cut off: ' + n.outerHTML.slice(0, 60));
-				for (const n of $$('dd, h1, h2, button')) if (n.scrollWidth > n.clientWidth + 1) wrong.push('too narrow: ' + n.outerHTML.slice(0, 60));
+				for (const n of $$('dd, h1, h2, button, .lane b')) if (n.scrollWidth > n.clientWidth + 1) wrong.push('too narrow: ' + n.outerHTML.slice(0, 60));
 				return wrong;`) {
 				t.Errorf("%s, %d × %d: %s", c.lang, size[0], size[1], wrong)
 			}
 			columns := js[int](b, "return new Set($$('.card').map((n) => Math.round(n.getBoundingClientRect().left))).size")
-			same(t, columns, map[bool]int{true: 3, false: 1}[size[0] > 760], "%s: columns at %d px", c.lang, size[0])
+			if want := map[bool]int{true: 4, false: 1}[size[0] > 760]; columns != want {
+				t.Errorf("%s: %d columns at %d px, want %d", c.lang, columns, size[0], want)
+			}
 		}
 		b.size(1024, 768)
 		b.checks(check{"time lines and numbers on one screen", "scrollTo(0, 0), $$('.plot').every((n) => n.getBoundingClientRect().bottom < 768)"})
@@ -9251,18 +9298,123 @@ func TestLessonLooks(t *testing.T) {
 		expect(t, after <= before+700, "thousands of lines make the lesson %d px high instead of %d", after, before)
 		b.cdp("Emulation.setEmulatedMedia", map[string]any{"features": []any{}})
 		call[any](b, "POST", "/refresh", nil)
-		b.wait("all three receive", "state() === 'live' && raw('#answer').length")
+		b.wait("all four receive", "state() === 'live' && raw('#answer').length")
 		var order []string
 		for range 9 {
 			b.keys("body", "\uE004")
 			order = append(order, js[string](b, "const n = document.activeElement, o = getComputedStyle(n); return (n.id || n.className || n.localName) + (o.outlineStyle !== 'none' && parseFloat(o.outlineWidth) >= 1 ? '' : ' without outline')"))
 		}
-		same(t, order, []string{"skip", "a", "message", "primary", "ten", "freeze", "break", "li", "li"}, "Tab goes to")
+		if want := []string{"skip", "a", "message", "primary", "ten", "input", "freeze", "break", "li"}; !slices.Equal(order, want) {
+			t.Errorf("Tab goes to %q, want %q", order, want)
+		}
 		type entry struct{ Level, Message string }
 		for _, e := range call[[]entry](b, "POST", "/se/log", map[string]any{"type": "browser"}) {
 			t.Errorf("the console says: %s %s", e.Level, e.Message)
 		}
 	}
+}
+
+// The frames that are shown are those of the wire, and what is shown of a POST is what came.
+func TestLessonFrames(t *testing.T) {
+	t.Parallel()
+	room := startRoom(t)
+	p := startPageRelay(t, room.url)
+	b := openLesson(t, p.url())
+	twin := newClient(t, room.url).socket("after=0")
+	twin.until("(ping)")
+	b.checks(check{"nothing is shown before there is something", "!$('#down').children.length && !$('#up').children.length && !$('#posted').children.length"},
+		check{"the key and what follows from it", fmt.Sprintf("raw('#ask').includes('Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==') && raw('#grant').includes('Sec-WebSocket-Accept: %s')", readHeader(t, room.url, "Sec-WebSocket-Accept"))})
+
+	for _, c := range []struct{ by, text string }{
+		{"[name=by]:not([id])", "hi 你"}, {"#by-socket", "by a frame 你\"'"}, {"#by-socket", strings.Repeat("long ", 50) + "end"},
+	} {
+		tries, _ := p.posts()
+		b.click(c.by)
+		b.keys("#message", c.text+"\uE007")
+		b.wait("it is sent and shown in all columns", "$('#message').value === '' && ways.every((name) => lines(name)[0] === 'anonymous: ' + arguments[0])", c.text)
+		b.wait("and as frames", "raw('#posted').at(-1).startsWith('message=' + new URLSearchParams({ m: arguments[0] }).toString().slice(2).slice(0, 200))", c.text)
+		if after, _ := p.posts(); after-tries != map[bool]int{true: 0, false: 1}[c.by == "#by-socket"] {
+			t.Errorf("sent with %s: %d requests of POST", c.by, after-tries)
+		}
+		_, event := twin.frame()
+		want := string(appendFrame(nil, opText, []byte(event)))
+		shown := js[[]string](b, "return $$('#down b').map((n) => n.textContent)")
+		if more := shown[len(shown)-1] == "…"; more {
+			want, shown = want[:len(shown)-1], shown[:len(shown)-1]
+		}
+		if got := strings.Join(shown, " "); got != fmt.Sprintf("% x", want) {
+			t.Errorf("down came\n% x, shown is\n%s", want, got)
+		}
+		sent := js[[]string](b, "return $$('#up b').filter((n) => n.textContent !== '…').map((n) => n.textContent)")
+		var frame []byte
+		fmt.Sscanf(strings.Join(sent, ""), "%x", &frame)
+		size, head := int(frame[1]&0x7f), 6
+		if size == 126 {
+			size, head = int(frame[2])<<8|int(frame[3]), 8
+		}
+		plain := slices.Clone(frame[head:])
+		for i := range plain {
+			plain[i] ^= frame[head-4+i%4]
+		}
+		key, _, _ := strings.Cut(strings.TrimPrefix(event, "id: "), "~")
+		if want := "id: " + key + "\ndata: " + c.text; frame[0] != 0x81 || frame[1]&0x80 == 0 || size != len(want) || !strings.HasPrefix(want, string(plain)) {
+			t.Errorf("the frame of %q, of %d bytes, has the text %q of %d", want, len(want), plain, size)
+		}
+		b.checks(check{"how many bytes", fmt.Sprintf("$('#up-size').textContent === '%d bytes'", head+size)})
+	}
+	b.click("[name=by]:not([id])")
+	b.keys("#message", "as it came\uE007")
+	b.wait("it is in the room", "lines('ws')[0] === 'anonymous: as it came' && raw('#posted').at(-1) === 'message=as+it+came'")
+	p.set(func() {
+		p.posted.Header.Set("Host", p.posted.Host)
+		for _, line := range js[[]string](b, "return raw('#posted').slice(1, -3)") {
+			if name, value, _ := strings.Cut(line, ": "); p.posted.Header.Get(name) != value {
+				t.Errorf("shown is %q, what came is %q", line, p.posted.Header.Get(name))
+			}
+		}
+	})
+
+	// Every byte and line is explained, by mouse, by keys and by touch.
+	for _, id := range []string{"ask", "grant", "down", "up", "posted"} {
+		b.checks(check{"each of #" + id + " has its words", fmt.Sprintf(`[...$('#%s').children].every((n) => {
+			n.dispatchEvent(new MouseEvent('mouseover', { bubbles: true }));
+			return $('#why-frame').textContent.length > 9 && !/[{}]|undefined|NaN/.test($('#why-frame').textContent) && n.getAttribute('aria-describedby') === 'why-frame';
+		})`, id)})
+	}
+	js[any](b, "$('#up').firstElementChild.focus()")
+	b.checks(check{"the first byte", "$('#why-frame').textContent.startsWith('81 = 1 000 0001')"})
+	b.keys("#up > li", "\uE014\uE014\uE014")
+	b.checks(check{"arrow keys go on", "document.activeElement === $('#up').children[3] && $('#why-frame').textContent.includes('byte 2 of the mask')"},
+		check{"one byte of a frame is reached by Tab", "$$('#up > [tabindex=\"0\"]').length === 1"})
+	b.size(390, 844)
+	js[any](b, "$('#grant > li:nth-child(4)').scrollIntoView({ block: 'center' })")
+	b.click("#grant > li:nth-child(4)")
+	b.checks(check{"a touch explains, and that is in sight", "$('#why-frame').textContent.includes('SHA-1') && (r => r.top >= 0 && r.bottom <= innerHeight)($('#why-frame').getBoundingClientRect())"})
+
+	// A room that refuses what comes by the WebSocket, and one that is gone.
+	b.size(1280, 800)
+	b.click("#by-socket")
+	b.keys("#message", strings.Repeat("x", 20)+"\uE007")
+	b.wait("sent", "$('#message').value === ''")
+	js[any](b, "$('#message').value = 'x'.repeat(4001)")
+	b.keys("#message", "\uE007")
+	b.checks(check{"refused", "$('#notice').textContent.startsWith('The server did not take') && $('#message').value.length === 4001"})
+	js[any](b, "scrollTo(0, 0); $('#message').value = 'kept'")
+	b.click("#break")
+	b.keys("#message", "\uE007")
+	b.checks(check{"no connection", "$('#notice').textContent.startsWith('Not sure') && $('#message').value === 'kept'"})
+}
+
+// readHeader is a header of the answer to the example's handshake.
+func readHeader(t *testing.T, url, name string) string {
+	t.Helper()
+	conn := dial(t, url)
+	io.WriteString(conn, shake("/ws"))
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.Header.Get(name)
 }
 
 // A source receives as a browser's EventSource does: it comes back after retry, with the id of

@@ -1,16 +1,20 @@
 // @ts-check
-/* The lesson: three ways to receive the same room, side by side. How to read it:
+/* The lesson: four ways to receive the same room, side by side. How to read it:
 
-     the three ways   a Way is an EventSource that counts. What came is told by its events; what
+     a WebSocket      what a browser does by itself for an EventSource, written out
+     the four ways    a Way is an EventSource, or that, and counts. What came is told by its events; what
                       it cost is told by the browser: each ended request leaves a performance
                       entry with its times and its exact bytes. The open one has no entry yet, so
                       its bytes are counted from the events
      drawing          ten times a second what was counted goes into the page
-     sending          a POST with a key drawn here: the delay is the time until that key arrives
+     sending          a POST, or a frame, with a key drawn here: the delay is the time until that
+                      key arrives
      the wire         the newest message once more with fetch, whose answer is seen as it is
+     the frames       the newest message as the bytes of a WebSocket, down and up
      who looks        while nobody looks, or after Break, there is no connection
 
-   Nothing is estimated. What was not measured is an empty cell. */
+   Nothing is estimated. What was not measured is an empty cell. What a browser shows to no page,
+   its key and its mask of a WebSocket, is an example, and the page says so. */
 import { home, keep, keyOf, logIn, newKey } from './keys.js';
 
 const WINDOW = 40;            // s on the time line, as its axis in lesson.html says
@@ -22,6 +26,10 @@ const WIRE_PAUSE = 1_000;     // ms between two looks at the wire
 const WIRE_CALM = 100;        // ms for messages that come together
 const WIRE_LINES = 24;        // lines shown of an answer
 const WIRE_CHARS = 300;       // characters shown of a line
+const FRAME_BYTES = 48;       // bytes shown of a frame's text
+
+/** The key of RFC 6455's example, and what follows from it. */
+const KEY = 'dGhlIHNhbXBsZSBub25jZQ==', ACCEPT = 's3pPLMBiTxaQ9kYGzzhZRbK+xOo=';
 
 /** @param {string} id @returns {any} */
 const $ = (id) => document.getElementById(id);
@@ -29,7 +37,7 @@ const body = document.body;
 const status = $('status'), ways = $('ways'), head = $('head');
 const say = $('say'), field = $('message'), ten = $('ten'), notice = $('notice');
 const freeze = $('freeze'), breaker = $('break');
-const request = $('request'), answer = $('answer'), why = $('why'), whys = $('whys').content;
+const request = $('request'), answer = $('answer'), whys = $('whys').content;
 const commands = { entry: $('entry'), id: $('id'), line: $('line') };
 
 /** The texts of the page's language. @type {Record<string, string>} */
@@ -50,9 +58,73 @@ const size = (text) => new TextEncoder().encode(text).length;
 const sleep = (ms) => new Promise((done) => { setTimeout(done, ms); });
 const now = () => performance.now();
 
-// ---- the three ways ----
+// ---- a WebSocket ----
 
-/** Where the three begin: the newest message when the page was opened. '' is: not known yet. */
+/** The server's answer to the handshake. No page can see it; every one is as long as this. */
+const GRANT = ['HTTP/1.1 101 Switching Protocols', 'Upgrade: websocket', 'Connection: Upgrade',
+  `Sec-WebSocket-Accept: ${ACCEPT}`, ''];
+
+/** A post as the room wants it through a WebSocket. @param {string} text @param {string} key */
+const eventOf = (text, key) => `id: ${key}\ndata: ${text.replaceAll('\n', '\ndata: ')}`;
+
+/** The bytes before a text in its frame; a client's has four more, the mask.
+ *  @param {string} text */
+const headSize = (text) => (size(text) < 126 ? 2 : size(text) < 1 << 16 ? 4 : 10);
+
+/** An EventSource through a WebSocket. A browser knows nothing of events there: to take them apart
+ *  and to keep the last id is our work, and so is coming back. */
+class Socket extends EventTarget {
+  readyState = EventSource.CONNECTING;
+  lastEventId = '';
+  retry = 0;                          // ms, after which to come back
+  onopen = () => {};
+  onerror = () => {};
+  /** Those who wait for a reply: they come in the order of the posts.
+   *  @type {((reply: Answer | null) => void)[]} */
+  waiting = [];
+
+  /** @param {string} query */
+  constructor(query) {
+    super();
+    this.ws = new WebSocket(new URL(`ws?${query}`, location.href).href.replace('http', 'ws'));
+    this.ws.onopen = () => { this.readyState = EventSource.OPEN; this.onopen(); };
+    this.ws.onmessage = (e) => this.receive(e.data);
+    this.ws.onclose = () => { this.close(); this.onerror(); };
+  }
+
+  /** Each message is one event. @param {string} text */
+  receive(text) {
+    const lines = text.split('\n').map((line) => /^(\w+): ?(.*)$/.exec(line) ?? []);
+    const all = (/** @type {string} */ name) => lines.filter((l) => l[1] === name).map((l) => l[2]);
+    const type = all('event')[0] ?? 'message', [id] = all('id'), data = all('data').join('\n');
+    this.retry = Number(all('retry')[0] ?? this.retry);
+    this.lastEventId = id ?? this.lastEventId;
+    if (type === 'reply') return this.waiting.shift()?.(JSON.parse(data));
+    // With the ping of a silence, which has no id, comes a frame of two bytes for the browser.
+    const bytes = headSize(text) + size(text) + (type === 'ping' && !id ? 2 : 0);
+    this.dispatchEvent(Object.assign(
+      new MessageEvent(type, { data, lastEventId: this.lastEventId }), { bytes, text }));
+  }
+
+  /** @param {string} event @returns {Promise<Answer | null>} */
+  say(event) {
+    this.ws.send(event);
+    return new Promise((done) => { this.waiting.push(done); });
+  }
+
+  close() {
+    this.readyState = EventSource.CLOSED;
+    this.ws.onopen = this.ws.onmessage = this.ws.onclose = null;
+    this.ws.close();
+    for (const done of this.waiting.splice(0)) done(null);
+  }
+}
+
+/** What became of a post. @typedef {{status: number, retryAfter?: number}} Answer */
+
+// ---- the four ways ----
+
+/** Where they begin: the newest message when the page was opened. '' is: not known yet. */
 let start = '';
 /** Bytes of the header of an answer. Every answer has the same one. */
 let headBytes = 0;
@@ -78,13 +150,14 @@ class Way {
   lost = false;
   refusals = 0;                       // since the last event
   timer = 0;
-  /** @type {EventSource | null} */
+  /** @type {any} an EventSource or a Socket */
   source = null;
 
   /** @param {string} id @param {string} wait as in ?wait=, '' for a stream
    *  @param {number} retryBytes of the first line of an answer, which no event tells: `retry: 2000`
    *  @param {string} name @param {string} about */
   constructor(id, wait, retryBytes, name, about) {
+    this.id = id;
     this.wait = wait;
     this.retryBytes = retryBytes;
     const node = $('way').content.firstElementChild.cloneNode(true);
@@ -94,7 +167,7 @@ class Way {
     part('.lane > b').textContent = part('h2 span').textContent = name;
     part('.lane').setAttribute('aria-label', fill(T.lesson_lane, { n: name }));
     part('.about').textContent = about;
-    part('code').textContent = `GET ${home}stream` + (wait && `?wait=${wait}`);
+    part('code').textContent = `GET ${home}${id === 'ws' ? 'ws' : 'stream'}` + (wait && `?wait=${wait}`);
     this.cells = { requests: part('.requests'), bytes: part('.bytes'), messages: part('.messages'),
       delay: part('.delay'), spread: part('.spread'), delays: part('.delays'), newest: part('.newest') };
     this.strip = part('.strip');
@@ -105,11 +178,11 @@ class Way {
     this.close();
     this.cursor = this.cursor || start;
     const query = new URLSearchParams({ ...(this.wait && { wait: this.wait }), after: this.cursor });
-    this.source = new EventSource(`stream?${query}`);
+    this.source = this.id === 'ws' ? new Socket(`${query}`) : new EventSource(`stream?${query}`);
     this.source.onopen = () => this.begin();
     this.source.onerror = () => this.fail();
     for (const type of ['message', 'ping', 'wait', 'gap']) {
-      this.source.addEventListener(type, (e) => this.receive(e));
+      this.source.addEventListener(type, (/** @type {any} */ e) => this.receive(e));
     }
     this.heard = now();
   }
@@ -130,8 +203,8 @@ class Way {
   /** The answer to a request has begun. EventSource makes as many as it needs. */
   begin() {
     this.end();
-    this.requests.push({ start: now(), end: 0, bytes: this.retryBytes, head: headBytes, messages: 0,
-      exact: false, pinged: false, node: mark(this, 'bar', now()) });
+    this.requests.push({ start: now(), end: 0, bytes: this.retryBytes, messages: 0,
+      head: this.id === 'ws' ? size(GRANT.join('\r\n') + '\r\n') : headBytes, exact: false, pinged: false, node: mark(this, 'bar', now()) });
   }
 
   end() {
@@ -156,14 +229,14 @@ class Way {
     if (refused !== this.source) return;
     if (res?.status === 401) return logIn();
     const asked = Number(res?.headers.get('Retry-After') ?? 0);
-    const pause = Math.max(asked, Math.min(15, 2 ** this.refusals++)) * (1 + Math.random() / 2);
+    const pause = Math.max(asked, (refused?.retry ?? 0) / 1000, Math.min(15, 2 ** this.refusals++)) * (1 + Math.random() / 2);
     this.timer = setTimeout(() => this.open(), pause * 1000);
   }
 
-  /** @param {MessageEvent} e */
+  /** @param {MessageEvent & {bytes?: number, text?: string}} e */
   receive(e) {
     const { last } = this;
-    if (last && !last.exact) last.bytes += frameBytes(e, last.pinged, this.cursor);
+    if (last && !last.exact) last.bytes += e.bytes ?? frameBytes(e, last.pinged, this.cursor);
     if (last && e.type === 'ping') last.pinged = true;
     if (last && e.type === 'gap') last.pinged = false;
     if (e.type === 'message') this.arrive(e, last);
@@ -173,7 +246,7 @@ class Way {
     this.refusals = 0;
   }
 
-  /** @param {MessageEvent} e @param {Asked | undefined} by */
+  /** @param {MessageEvent & {text?: string}} e @param {Asked | undefined} by */
   arrive(e, by) {
     this.messages++;
     if (by) by.messages++;
@@ -181,7 +254,8 @@ class Way {
     mark(this, 'dot', now());
     const sent = posted.get(keyOf(e.lastEventId));
     if (sent !== undefined) this.delays = [...this.delays, now() - sent].slice(-PLOT);
-    if (!this.wait) look(e, this.cursor);
+    if (this.id === 'sse') look(e, this.cursor);
+    frames.down = e.text ?? frames.down;
   }
 
   /** What the browser measured of an ended request. A request that never got an answer has only
@@ -218,6 +292,7 @@ const all = [
   new Way('polling', '0', 12, T.lesson_polling, T.lesson_polling_about),
   new Way('long', '25s', 11, T.lesson_long, T.lesson_long_about),
   new Way('sse', '', 12, T.lesson_sse, T.lesson_sse_about),
+  new Way('ws', '', 0, T.lesson_ws, T.lesson_ws_about),
 ];
 
 /* The browser's list of entries is full at 250; those that were read are thrown away. */
@@ -261,6 +336,7 @@ function draw() {
     drawNumbers(way);
     drawDelays(way);
   }
+  drawFrames();
 }
 
 /** Moves the time line, whose right edge is now. @param {Way} way @param {number} at */
@@ -339,21 +415,34 @@ async function post(text, key) {
   if (!posted.has(key)) posted.set(key, now());
   if (posted.size > PLOT) posted.delete(posted.keys().next().value ?? '');
   const marks = all.map((way) => mark(way, 'post', now()));
-  const res = await fetch('post', { method: 'POST', headers: { 'Idempotency-Key': key },
-    body: new URLSearchParams({ message: text }) }).catch(() => null);
-  if (res?.status === 401) logIn();
-  if (res && res.status >= 400 && res.status < 500) { // refused: it was not sent
+  Object.assign(frames, { up: eventOf(text, key), sent: { text, key } });
+  const got = await ($('by-socket').checked ? bySocket(text, key) : byPost(text, key));
+  if (got?.status === 401) logIn();
+  if (got && got.status >= 400 && got.status < 500) { // refused: it was not sent
     posted.delete(key);
     for (const node of marks) node.remove();
   }
-  notice.textContent = res?.ok ? '' : refusal(res);
-  return res?.ok ?? false;
+  notice.textContent = got?.status === 204 ? '' : refusal(got);
+  return got?.status === 204;
 }
 
-/** @param {Response | null} res */
-function refusal(res) {
-  if (res?.status === 429) return fill(T.too_fast, { s: res.headers.get('Retry-After') });
-  return res && res.status < 500 ? T.refused : T.lesson_not_sent;
+/** @param {string} text @param {string} key @returns {Promise<Answer | null>} */
+async function byPost(text, key) {
+  const res = await fetch('post', { method: 'POST', headers: { 'Idempotency-Key': key },
+    body: new URLSearchParams({ message: text }) }).catch(() => null);
+  return res && { status: res.status, retryAfter: Number(res.headers.get('Retry-After')) };
+}
+
+/** @param {string} text @param {string} key @returns {Promise<Answer | null>} */
+async function bySocket(text, key) {
+  const { source } = all[3];
+  return source?.readyState === EventSource.OPEN ? source.say(eventOf(text, key)) : null;
+}
+
+/** @param {Answer | null} got */
+function refusal(got) {
+  if (got?.status === 429) return fill(T.too_fast, { s: got.retryAfter });
+  return got && got.status < 500 ? T.refused : T.lesson_not_sent;
 }
 
 say.addEventListener('submit', async (/** @type {Event} */ e) => {
@@ -464,7 +553,7 @@ function list(node, lines) {
   while (node.children.length < lines.length) {
     const item = document.createElement('li');
     item.tabIndex = 0;
-    item.setAttribute('aria-describedby', 'why');
+    item.setAttribute('aria-describedby', panel(node).id);
     node.append(item);
   }
   lines.forEach((line, i) => {
@@ -475,20 +564,146 @@ function list(node, lines) {
   });
 }
 
-/** The line that #why explains. @type {Element | null} */
+/** Where the lines and bytes of a list are explained. @param {Element} node @returns {any} */
+const panel = (node) => node.closest('.split')?.querySelector('.why');
+
+/** What is explained. @type {Element | null} */
 let explained = null;
 
-/** Explains the line that is pointed at, or that has the focus. @param {any} e */
+/** Explains the line or byte that is pointed at, or that has the focus. @param {any} e */
 function explain(e) {
-  const item = e.target.closest('.raw > li');
+  const item = e.target.closest('.raw > li, .octets > li');
   if (!item) return;
+  explained?.removeAttribute('data-state');
   explained = item;
-  const { line } = item.dataset;
-  const found = [...whys.children].find((p) => line.startsWith(p.dataset.line));
-  why.textContent = found?.textContent ?? '';
+  item.dataset.state = 'explained';
+  const { line, why } = item.dataset;
+  const found = [...whys.children].find((p) => line?.startsWith(p.dataset.line));
+  write(panel(item), why ?? found?.textContent ?? '');
 }
 
-for (const event of ['mouseover', 'focusin', 'click']) $('wire').addEventListener(event, explain);
+for (const event of ['mouseover', 'focusin', 'click']) document.addEventListener(event, explain);
+
+// ---- the frames ----
+
+/** The newest texts through the WebSocket, down and up; what was sent, and whether that is drawn.
+ *  @type {{down: string, up: string, sent: {text: string, key: string} | null, drawn: string}} */
+const frames = { down: '', up: '', sent: null, drawn: '' };
+
+function drawFrames() {
+  const { down, up, sent } = frames;
+  if (frames.drawn === down + up) return;
+  frames.drawn = down + up;
+  if (down) drawFrame('down', down, null);
+  if (!sent) return;
+  drawFrame('up', up, crypto.getRandomValues(new Uint8Array(4)));
+  const lines = postLines(sent.text, sent.key);
+  write($('post-size'), fill(T.lesson_at_least, { n: number(size(lines.join('\r\n'))) }));
+  list($('posted'), [...lines.slice(0, -2), T.lesson_more_request, ...lines.slice(-2)]
+    .map((line, i, { length }) => `${i === length - 1 ? 'form' : 'post'} ${short(line)}`));
+}
+
+/** A POST, with the lines of its header that a page can know. @param {string} text @param {string} key */
+function postLines(text, key) {
+  const form = `${new URLSearchParams({ message: text })}`;
+  return [`POST ${home}post HTTP/1.1`, `Host: ${location.host}`, `Content-Length: ${form.length}`,
+    'Content-Type: application/x-www-form-urlencoded;charset=UTF-8', `Idempotency-Key: ${key}`,
+    `Origin: ${location.origin}`, `Referer: ${location.href.split('#')[0]}`, `User-Agent: ${navigator.userAgent}`, '', form];
+}
+
+/** @param {'down' | 'up'} id @param {string} text @param {Uint8Array | null} mask */
+function drawFrame(id, text, mask) {
+  const bytes = frameOf(text, mask);
+  write($(`${id}-size`), fill(T.lesson_n_bytes, { n: number(bytes.length) }));
+  const head = headSize(text) + (mask ? 4 : 0), left = bytes.length - head - FRAME_BYTES;
+  const more = { part: 'more', hex: '…', sign: '', why: fill(T.lesson_byte_cut, { n: left }) };
+  cells($(id), left > 0 ? [...bytes.slice(0, head + FRAME_BYTES), more] : bytes);
+}
+
+/** A byte of a frame: which part it belongs to, how it is written, what it says.
+ *  @typedef {{part: string, hex: string, sign: string, why: string}} Byte */
+
+/** @param {number} b */
+const hex = (b) => b.toString(16).padStart(2, '0');
+/** @param {number} b */
+const bits = (b) => b.toString(2).padStart(8, '0').replace(/^(.)(...)(....)$/, '$1 $2 $3');
+
+/** The frame of a text. A client's has a mask. @param {string} text @param {Uint8Array | null} mask
+ *  @returns {Byte[]} */
+function frameOf(text, mask) {
+  const n = size(text), wide = n < 126 ? 0 : n < 1 << 16 ? 2 : 8;
+  const length = (mask ? 0x80 : 0) | [n, 0, 126, 0, 0, 0, 0, 0, 127][wide];
+  const said = fill(mask ? T.lesson_byte_up : T.lesson_byte_down, { h: hex(length), b: bits(length).replace(/^(.) (...) /, '$1 $2') });
+  const counts = wide ? T.lesson_byte_long : T.lesson_byte_short;
+  return [
+    { part: 'head', hex: '81', sign: 'FIN 1', why: fill(T.lesson_byte_first, { h: '81', b: bits(0x81) }) },
+    { part: 'head', hex: hex(length), sign: String(length & 127), why: said + fill(counts, { n: wide || n, l: length & 127 }) },
+    ...Array.from({ length: wide }, (_, i) => lengthByte(n, wide, i)),
+    ...Array.from(mask ?? [], (b, i) => ({ part: 'mask', hex: hex(b), sign: '',
+      why: fill(T.lesson_byte_mask, { h: hex(b), i: i + 1 }) })),
+    ...textBytes(text, mask),
+  ];
+}
+
+/** @param {number} n @param {number} wide @param {number} i @returns {Byte} */
+function lengthByte(n, wide, i) {
+  const b = Math.floor(n / 256 ** (wide - 1 - i)) % 256;
+  return { part: 'head', hex: hex(b), sign: String(b), why: fill(T.lesson_byte_length, { h: hex(b), i: i + 1, w: wide, n: number(n) }) };
+}
+
+/** @param {string} text @param {Uint8Array | null} mask @returns {Byte[]} */
+function textBytes(text, mask) {
+  /** @type {Byte[]} */
+  const all = [];
+  for (const c of text) {
+    const plain = new TextEncoder().encode(c), sign = c === '\n' ? '↵' : c === ' ' ? 'SP' : c;
+    plain.forEach((b, i) => {
+      const k = mask ? mask[all.length % 4] : 0;
+      const place = plain.length > 1 ? fill(T.lesson_byte_part, { c: sign, i: i + 1, n: plain.length }) : sign;
+      const said = mask ? T.lesson_byte_masked : T.lesson_byte_text;
+      all.push({ part: 'text', hex: hex(b ^ k), sign: i ? '·' : sign, why: fill(said, { h: hex(b ^ k), k: hex(k), t: hex(b), c: place }) });
+    });
+  }
+  return all;
+}
+
+/** Writes bytes into a list. One of them is reached by Tab, the others by arrow keys.
+ *  @param {HTMLElement} node @param {Byte[]} bytes */
+function cells(node, bytes) {
+  while (node.children.length > bytes.length) node.lastElementChild?.remove();
+  while (node.children.length < bytes.length) {
+    const item = document.createElement('li');
+    item.tabIndex = node.children.length ? -1 : 0;
+    item.setAttribute('aria-describedby', panel(node).id);
+    item.append(document.createElement('b'), document.createElement('i'));
+    node.append(item);
+  }
+  bytes.forEach((byte, i) => {
+    const item = /** @type {HTMLElement} */ (node.children[i]);
+    Object.assign(item.dataset, { part: byte.part, why: byte.why });
+    write(item.children[0], byte.hex);
+    write(item.children[1], byte.sign);
+    if (item === explained) explain({ target: item });
+  });
+}
+
+/** @param {any} e */
+function walk(e) {
+  const item = e.target.closest('.octets > li'), list = item?.parentElement;
+  const to = { ArrowRight: item?.nextElementSibling, ArrowLeft: item?.previousElementSibling,
+    Home: list?.firstElementChild, End: list?.lastElementChild }[/** @type {string} */ (e.key)];
+  if (!to) return;
+  e.preventDefault();
+  item.tabIndex = -1;
+  to.tabIndex = 0;
+  to.focus();
+}
+document.addEventListener('keydown', walk);
+
+list($('ask'), [`GET ${home}ws?after=… HTTP/1.1`, `Host: ${location.host}`, 'Upgrade: websocket', 'Connection: Upgrade',
+  `Origin: ${location.origin}`, 'Sec-WebSocket-Version: 13', `Sec-WebSocket-Key: ${KEY}`, T.lesson_more_request, '']
+  .map((line) => `ask ${line}`));
+list($('grant'), GRANT.map((line) => `grant ${line}`));
 
 // ---- who looks ----
 
@@ -496,7 +711,7 @@ let broken = false;
 let drawing = 0;
 let opening = 0;
 
-/** Opens the three ways where they were, or, the first time, at the newest message. */
+/** Opens the four ways where they were, or, the first time, at the newest message. */
 async function open() {
   const mine = ++opening;
   for (let tries = 0; !start && mine === opening; tries++) {
