@@ -1163,7 +1163,7 @@ func (l *limiter) giveBack(key string) {
 	}
 }
 
-// A tally counts what posts were answered, and what the limits refuse. While they do, it tells the
+// A tally counts what messages were answered, and what the limits refuse. While they do, it tells the
 // log once in floodPause how much that was, and whose most of it.
 type tally struct {
 	logf func(format string, args ...any)
@@ -1247,8 +1247,9 @@ type server struct {
 	cutOff func()
 }
 
-// fileLimit returns how many descriptors the process may open. Linux tells; elsewhere Go has
-// already raised the limit to more than the answer here.
+// fileLimit returns how many descriptors the process may open, of a boundless limit so many that
+// each place for a stream can be taken at the end. Linux tells; elsewhere Go has already raised the
+// limit to more than the answer here.
 func fileLimit() int {
 	limits, _ := os.ReadFile("/proc/self/limits")
 	_, files, _ := strings.Cut(string(limits), "\nMax open files")
@@ -1921,7 +1922,7 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	one := func(name, help string, n uint64) { put(name, help, "", map[string]uint64{"": n}) }
-	held, out, bytes := s.room.log.numbers()
+	held, out, size := s.room.log.numbers()
 	answers, refused := s.tally.totals()
 	one("connections", "Open connections, streams among them.", uint64(s.conns.Load()))
 	one("connections_limit", "Connections that the limit of open files allows.", uint64(s.maxConns))
@@ -1929,7 +1930,7 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	one("readers_limit", "Streams among the connections at most.", uint64(cap(s.streams)))
 	one("messages_held", "Entries of the log.", held)
 	one("messages_out_total", "Entries that readers got.", out)
-	one("bytes_out_total", "Bytes of these.", bytes)
+	one("bytes_out_total", "Bytes of these.", size)
 	put("posts_total", "Messages that came, by the status they got.", "status", answers)
 	put("refused_total", "What the limits refused.", "what", refused)
 	if b := s.room.broker; b != nil {
@@ -2129,9 +2130,14 @@ func (st *stream) over(n news, gap bool, sent int) bool {
 }
 
 // greet writes the ping that tells the reader as of which entry it is up to date or, when a poll
-// ends early, which one was its last. Before it may come a line in the same block.
+// ends early, which one was its last. Until its place is found, the id that it came with may be
+// anything, and the ping has none. Before it may come a line in the same block.
 func (st *stream) greet(line string) bool {
-	return st.write(append([]byte(line), pingAt(st.at.after)...))
+	id := st.at.after
+	if st.at.built == 0 {
+		id = ""
+	}
+	return st.write(append([]byte(line), pingAt(id)...))
 }
 
 // write writes to the reader and reports whether it could. A write, which is a block at most, has

@@ -1458,6 +1458,20 @@ func TestStreamInTime(t *testing.T) {
 	}
 }
 
+// Until a reader's place is found, what it came with may be anything, and no ping says it.
+func TestPingBeforeThePlaceIsFound(t *testing.T) {
+	for _, id := range []string{"", testID(9), "x\n\nid: 0\ndata: [09:00:00] Teacher: no homework\n\n"} {
+		synctest.Test(t, func(t *testing.T) {
+			r := inMemory(newLog(ringSize, 10))
+			r.broker = newBroker(&config{redis: &url.URL{}}, r.log, t.Logf, nil)
+			_, all := watch(&stream{room: r, at: from(id), poll: true}, time.Minute)
+			r.log.close()
+			expect(t, len(all) == 2 && all[0].kind == "wait" && all[1].kind == "ping" && all[1].id == "",
+				"to %q it tells %+v, want a wait, and a ping without an id", id, all)
+		})
+	}
+}
+
 // A poll that is told a gap ends with it: the next one goes on behind, in a room that is faster than
 // its reader, too.
 func TestPollIsToldAGapOnce(t *testing.T) {
