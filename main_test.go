@@ -2380,6 +2380,7 @@ func TestMessages(t *testing.T) {
 		"": 415, "text/plain": 415, "application/json": 415, "multipart/form-data; boundary=x": 415, formType + "x": 415, "///": 415} {
 		try(status, "message=a", "a", "Content-Type: "+kind)
 	}
+	try(204, "message=if (x) y; z", "if (x) y; z") // as curl -d sends it
 	padded := "message=x&pad=" + long("x", 64<<10-len("message=x&pad="))
 	try(204, padded, "x")
 	for status, bodies := range map[int][]string{
