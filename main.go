@@ -2495,83 +2495,6 @@ func (b *broker) run(ctx context.Context) {
 	}
 }
 
-// setAway notes why the room is away, and says so, each reason once until it is joined again.
-func (b *broker) setAway(why error) {
-	b.mu.Lock()
-	words, state, hint := inWords(why), "still away", ""
-	if b.logged == nil {
-		b.since, b.logged = time.Now(), map[string]bool{}
-		state = "away, trying again until it answers"
-		switch op, network := errors.AsType[*net.OpError](why); {
-		case b.why != errNotJoined:
-		case network && op.Op == "dial" && op.Addr != nil && !op.Timeout():
-			hint = "; start it, or leave -redis out for a room in memory"
-		case words == hungUp:
-			hint = "; perhaps TLS is on one side only"
-		}
-	}
-	known := b.logged[words]
-	b.why, b.logged[words] = why, true
-	b.mu.Unlock()
-	if !known {
-		b.logf("redis is %s: %s%s", state, words, hint)
-	}
-}
-
-// setJoined notes that messages flow.
-func (b *broker) setJoined() {
-	b.mu.Lock()
-	was, after := b.why, ""
-	if b.logged != nil {
-		after = fmt.Sprintf(" after %v", time.Since(b.since).Round(100*time.Millisecond))
-	}
-	b.why, b.logged = nil, nil
-	if was != nil {
-		b.joins++
-	}
-	b.mu.Unlock()
-	if was != nil {
-		held, _, _ := b.log.numbers()
-		b.logf("redis is joined%s, %d messages held", after, held)
-	}
-}
-
-const hungUp = "it has ended the connection"
-
-// inWords is an error for the log. What a server says is quoted, cut, and without the arguments
-// that it may repeat, such as a password or a message.
-func inWords(err error) string {
-	said, _ := errors.AsType[redis.Error](err)
-	text, _, _ := strings.Cut(string(said), ", with args")
-	kind, _, _ := strings.Cut(text, " ")
-	_, wrongTLS := errors.AsType[tls.RecordHeaderError](err)
-	op, network := errors.AsType[*net.OpError](err)
-	connected := network && op.Source != nil
-	name, unresolved := errors.AsType[*net.DNSError](err)
-	switch {
-	case slices.Contains([]string{"MOVED", "CLUSTERDOWN", "CROSSSLOT"}, kind):
-		return fmt.Sprintf("this Redis is a cluster: name the node that has the room, "+
-			"whose keys -channel '{chat}' keeps together: %.200q", text)
-	case strings.Contains(text, "unknown command"):
-		return fmt.Sprintf("this is a Sentinel, or a Redis without a command that a room needs; "+
-			"name the master, or a proxy that follows it: %.200q", text)
-	case text != "":
-		return fmt.Sprintf("%.200q", text)
-	case wrongTLS:
-		return "this port speaks no TLS: it wants redis://"
-	case strings.HasPrefix(err.Error(), "redigo: "):
-		return "that is not Redis, or it wants rediss://"
-	case connected && op.Timeout():
-		return "it does not answer"
-	case connected, errors.Is(err, io.EOF):
-		return hungUp
-	case unresolved && !name.IsNotFound: // whose words have a port, another one each time
-		return fmt.Sprintf("no name server answers for %q", name.Name)
-	}
-	text, _, _ = strings.Cut(err.Error(), ": current time ") // with a certificate that has expired
-	return text
-}
-
 // guarded runs f. A panic, such as redigo's when an answer has an impossible length, is an error
 // like others.
 func guarded(f func() error) (err error) {
@@ -3238,4 +3161,81 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
 		return errForgot
 	}
 	return nil
+}
+
+// setAway notes why the room is away, and says so, each reason once until it is joined again.
+func (b *broker) setAway(why error) {
+	b.mu.Lock()
+	words, state, hint := inWords(why), "still away", ""
+	if b.logged == nil {
+		b.since, b.logged = time.Now(), map[string]bool{}
+		state = "away, trying again until it answers"
+		switch op, network := errors.AsType[*net.OpError](why); {
+		case b.why != errNotJoined:
+		case network && op.Op == "dial" && op.Addr != nil && !op.Timeout():
+			hint = "; start it, or leave -redis out for a room in memory"
+		case words == hungUp:
+			hint = "; perhaps TLS is on one side only"
+		}
+	}
+	known := b.logged[words]
+	b.why, b.logged[words] = why, true
+	b.mu.Unlock()
+	if !known {
+		b.logf("redis is %s: %s%s", state, words, hint)
+	}
+}
+
+// setJoined notes that messages flow.
+func (b *broker) setJoined() {
+	b.mu.Lock()
+	was, after := b.why, ""
+	if b.logged != nil {
+		after = fmt.Sprintf(" after %v", time.Since(b.since).Round(100*time.Millisecond))
+	}
+	b.why, b.logged = nil, nil
+	if was != nil {
+		b.joins++
+	}
+	b.mu.Unlock()
+	if was != nil {
+		held, _, _ := b.log.numbers()
+		b.logf("redis is joined%s, %d messages held", after, held)
+	}
+}
+
+const hungUp = "it has ended the connection"
+
+// inWords is an error for the log. What a server says is quoted, cut, and without the arguments
+// that it may repeat, such as a password or a message.
+func inWords(err error) string {
+	said, _ := errors.AsType[redis.Error](err)
+	text, _, _ := strings.Cut(string(said), ", with args")
+	kind, _, _ := strings.Cut(text, " ")
+	_, wrongTLS := errors.AsType[tls.RecordHeaderError](err)
+	op, network := errors.AsType[*net.OpError](err)
+	connected := network && op.Source != nil
+	name, unresolved := errors.AsType[*net.DNSError](err)
+	switch {
+	case slices.Contains([]string{"MOVED", "CLUSTERDOWN", "CROSSSLOT"}, kind):
+		return fmt.Sprintf("this Redis is a cluster: name the node that has the room, "+
+			"whose keys -channel '{chat}' keeps together: %.200q", text)
+	case strings.Contains(text, "unknown command"):
+		return fmt.Sprintf("this is a Sentinel, or a Redis without a command that a room needs; "+
+			"name the master, or a proxy that follows it: %.200q", text)
+	case text != "":
+		return fmt.Sprintf("%.200q", text)
+	case wrongTLS:
+		return "this port speaks no TLS: it wants redis://"
+	case strings.HasPrefix(err.Error(), "redigo: "):
+		return "that is not Redis, or it wants rediss://"
+	case connected && op.Timeout():
+		return "it does not answer"
+	case connected, errors.Is(err, io.EOF):
+		return hungUp
+	case unresolved && !name.IsNotFound: // whose words have a port, another one each time
+		return fmt.Sprintf("no name server answers for %q", name.Name)
+	}
+	text, _, _ = strings.Cut(err.Error(), ": current time ") // with a certificate that has expired
+	return text
 }
