@@ -9024,12 +9024,12 @@ func TestLessonCounts(t *testing.T) {
 		check{"the lesson begins at the newest message", "each('messages').join() === '0,0,0,0'"})
 	person.postKey(lessonKey(1), "from the room")
 	b.keys("#message", "from the lesson\uE007")
-	b.wait("both are in all three columns", "each('messages').join() === '2,2,2,2'")
+	b.wait("both are in all four columns", "each('messages').join() === '2,2,2,2'")
 	b.checks(
 		check{"the same two in each", "ways.every((name) => lines(name).join() === 'anonymous: from the lesson,anonymous: from the room')"},
 		check{"the delay of the one that was sent here", "ways.every((name) => /^[\\d.]+ m?s$/.test(cell(name, 'delay')) && way(name).querySelectorAll('.delays i').length === 1)"},
 		check{"the field is empty again", "$('#message').value === ''"},
-		check{"the line of the post crosses all three", "ways.every((name) => way(name).querySelectorAll('.strip .post').length === 1)"},
+		check{"the line of the post crosses all four", "ways.every((name) => way(name).querySelectorAll('.strip .post').length === 1)"},
 		check{"a dot for each message", "ways.every((name) => way(name).querySelectorAll('.strip .dot').length === 2)"},
 	)
 
