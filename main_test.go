@@ -20,6 +20,9 @@ The tests, in the order of this file, and what of README.md's promises each part
 
 A check says what must be so: same compares, expect goes on where it fails, require does not.
 
+Most tests run beside each other. What moves tens of megabytes, or has a browser answer in time, runs
+alone: it would measure the others.
+
 go test -short is the quick look. It leaves out what takes long by its nature.
 */
 
@@ -4227,7 +4230,6 @@ func TestRedisHiccups(t *testing.T) {
 // TestAwayForLong cuts one room off for as many messages as everybody remembers, and for one
 // more.
 func TestAwayForLong(t *testing.T) {
-	t.Parallel()
 	for missed, gap := range map[int]bool{4095: false, 4096: true, 6000: true} {
 		t.Run(fmt.Sprint(missed, " messages"), func(t *testing.T) {
 			t.Parallel()
@@ -4257,7 +4259,6 @@ func TestAwayForLong(t *testing.T) {
 
 // TestStoppedForManyMegabytes stops a process until Redis gives up on its subscription.
 func TestStoppedForManyMegabytes(t *testing.T) {
-	t.Parallel()
 	r := startRedis(t)
 	r.do("CONFIG", "SET", "client-output-buffer-limit", "pubsub 100kb 100kb 1")
 	stopped := startProcess(t, "-redis", r.addr).joined()
@@ -4290,7 +4291,6 @@ func TestStoppedForManyMegabytes(t *testing.T) {
 // TestFullHistory joins a Redis that holds as much as it can: more than Redis keeps ready for a
 // subscriber by default.
 func TestFullHistory(t *testing.T) {
-	t.Parallel()
 	r := startRedis(t)
 	r.fill(ringSize, strings.Repeat("😀", 4000))
 	c := newClient(t, r.room().joined().url)
@@ -10372,7 +10372,6 @@ open();
 `
 
 func TestWebSocketOfChromium(t *testing.T) {
-	t.Parallel()
 	r := startRedis(t)
 	port := freePort(t)
 	stays := startProcess(t, "-redis", r.addr, "-addr", "127.0.0.1:"+port).joined()
