@@ -5488,8 +5488,10 @@ func (m *model) held() map[string]bool {
 		for _, c := range p.pending {
 			held[keyOf(c.id)] = true
 		}
+		kept := p.follows && p.f.seam == "" // what comes before the seam is let go
 		for _, msg := range p.queue {
-			if msg[0] == "chat:id" {
+			kept = kept || p.follows && msg[1] == p.f.seam
+			if kept && msg[0] == "chat:id" {
 				held[keyOf(msg[1])] = true
 			}
 		}
