@@ -5993,11 +5993,13 @@ func TestMixedFaults(t *testing.T) {
 	}
 	if text := os.Getenv("CHAT_MIXED"); text != "" {
 		var err error
+		length, err = time.ParseDuration(text)
 		must(t, err)
 	}
 	seed := rand.Uint64()
 	if text := os.Getenv("CHAT_SEED"); text != "" {
 		var err error
+		seed, err = strconv.ParseUint(text, 10, 64)
 		must(t, err)
 	}
 	for _, test := range []struct {
