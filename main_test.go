@@ -444,6 +444,7 @@ func TestMain(m *testing.M) {
 	}
 	flag.Set("test.parallel", "8") // they wait more than they work; the command line may say otherwise
 	code := m.Run()
+	browsers.close()
 	if binaryDir != "" {
 		os.RemoveAll(binaryDir)
 	}
@@ -6988,9 +6989,72 @@ func frame(id, line string) string {
 type browser struct {
 	t       *testing.T
 	session string // the session's address at chromedriver
+	args    string // of Chromium
+	profile string // its directory
 }
 
-// startBrowser starts chromedriver and a Chromium of its own.
+var (
+	chromedriver *exec.Cmd // ended by TestMain
+	// driverURL is where chromedriver listens, started once per run of the tests.
+	driverURL = sync.OnceValues(func() (string, error) {
+		cmd := exec.Command("chromedriver", "--port=0")
+		out, err := cmd.StdoutPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			return "", err
+		}
+		chromedriver = cmd
+		var said strings.Builder
+		for lines := bufio.NewScanner(out); lines.Scan(); fmt.Fprintln(&said, lines.Text()) {
+			if _, port, ok := strings.Cut(lines.Text(), "started successfully on port "); ok {
+				go io.Copy(io.Discard, out)
+				return "http://127.0.0.1:" + strings.TrimSuffix(port, "."), nil
+			}
+		}
+		return "", fmt.Errorf("chromedriver named no port: %s", said.String())
+	})
+)
+
+// A browserPool holds the browsers that no test has at the moment: a Chromium takes seconds to start.
+type browserPool struct {
+	mu   sync.Mutex
+	idle map[string][]*browser // by their args
+}
+
+var browsers = browserPool{idle: map[string][]*browser{}}
+
+func (p *browserPool) take(args string) *browser {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	list := p.idle[args]
+	if len(list) == 0 {
+		return nil
+	}
+	p.idle[args] = list[:len(list)-1]
+	return list[len(list)-1]
+}
+
+func (p *browserPool) put(b *browser) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.idle[b.args] = append(p.idle[b.args], b)
+}
+
+func (p *browserPool) close() {
+	for _, list := range p.idle {
+		for _, b := range list {
+			b.quit()
+		}
+	}
+	if chromedriver != nil {
+		chromedriver.Process.Kill()
+		chromedriver.Wait()
+	}
+}
+
+// startBrowser is a Chromium with one empty tab, no cookie, and nothing of any test's pages.
 func startBrowser(t *testing.T, args ...string) *browser {
 	t.Helper()
 	if testing.Short() && t.Name() != "TestPageTwoPeople" {
@@ -6998,27 +7062,29 @@ func startBrowser(t *testing.T, args ...string) *browser {
 	}
 	need(t, "chromium", "apt-get install chromium")
 	need(t, "chromedriver", "apt-get install chromium-driver")
-	addr, driver := serve(t, func(addr string) *exec.Cmd {
-		_, port, _ := net.SplitHostPort(addr)
-		return exec.Command("chromedriver", "--port="+port)
+	b := browsers.take(strings.Join(args, " "))
+	if b == nil {
+		b = newBrowser(t, args)
+	}
+	b.t = t
+	t.Cleanup(func() {
+		if t.Failed() || b.clear() != nil {
+			b.quit()
+		} else {
+			browsers.put(b)
+		}
 	})
-	b := &browser{t: t, session: "http://" + addr + "/session"}
+	b.inject(short)
+	return b
+}
+
+func newBrowser(t *testing.T, args []string) *browser {
+	t.Helper()
+	url, err := driverURL()
+	must(t, err)
 	profile, err := os.MkdirTemp("", "chat-browser-")
 	must(t, err)
-	t.Cleanup(func() {
-		try(b, "DELETE", "", nil, new(any))
-		driver.interrupt()
-		select {
-		case <-driver.ended:
-		case <-time.After(5 * time.Second):
-		}
-		for range 50 { // the browser's last process may still be writing
-			if os.RemoveAll(profile) == nil {
-				break
-			}
-			time.Sleep(100 * time.Millisecond)
-		}
-	})
+	b := &browser{t: t, session: url + "/session", args: strings.Join(args, " "), profile: profile}
 	path, _ := exec.LookPath("chromium")
 	options := map[string]any{"binary": path, "args": append([]string{
 		"--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -7029,8 +7095,37 @@ func startBrowser(t *testing.T, args ...string) *browser {
 		"alwaysMatch": map[string]any{"goog:chromeOptions": options,
 			"goog:loggingPrefs": map[string]string{"browser": "ALL", "performance": "ALL"}}}})
 	b.session += "/" + created.SessionID
-	b.inject(short)
 	return b
+}
+
+// clear gives the next test a tab of its own, without cookies and logs. What a page stored is of its
+// origin, and no two tests have the same one.
+func (b *browser) clear() error {
+	var handles struct{ Value []string }
+	var tab struct{ Value struct{ Handle string } }
+	err := errors.Join(try(b, "POST", "/goog/cdp/execute", map[string]any{"cmd": "Network.clearBrowserCookies", "params": map[string]any{}}, new(any)),
+		try(b, "GET", "/window/handles", nil, &handles),
+		try(b, "POST", "/window/new", map[string]any{"type": "tab"}, &tab))
+	for _, old := range handles.Value {
+		err = errors.Join(err, try(b, "POST", "/window", map[string]any{"handle": old}, new(any)),
+			try(b, "DELETE", "/window", nil, new(any)))
+	}
+	err = errors.Join(err, try(b, "POST", "/window", map[string]any{"handle": tab.Value.Handle}, new(any)))
+	for _, kind := range []string{"browser", "performance"} {
+		err = errors.Join(err, try(b, "POST", "/se/log", map[string]any{"type": kind}, new(any)))
+	}
+	return err
+}
+
+// quit ends the browser.
+func (b *browser) quit() {
+	try(b, "DELETE", "", nil, new(any))
+	for range 50 { // its last process may still be writing
+		if os.RemoveAll(b.profile) == nil {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
 }
 
 // inject has a script run in each document of this tab, before those of the page.
@@ -9359,9 +9454,11 @@ func TestLessonFrames(t *testing.T) {
 		if after, _ := p.posts(); after-tries != map[bool]int{true: 0, false: 1}[c.by == "#by-socket"] {
 			t.Errorf("sent with %s: %d requests of POST", c.by, after-tries)
 		}
-		_, event := twin.frame()
-		for strings.HasPrefix(event, "event: ping") { // of a silence, on a busy machine
-			_, event = twin.frame()
+		op, event := twin.frame()
+		for ; op == opPing || strings.HasPrefix(event, "event: ping"); op, event = twin.frame() { // of a silence, on a busy machine
+			if op == opPing {
+				twin.send(masked(0x80|opPong, event))
+			}
 		}
 		want := string(appendFrame(nil, opText, []byte(event)))
 		shown := js[[]string](b, "return $$('#down b').map((n) => n.textContent)")
