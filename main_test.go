@@ -444,7 +444,7 @@ func TestMain(m *testing.M) {
 	}
 	flag.Set("test.parallel", "8") // they wait more than they work; the command line may say otherwise
 	code := m.Run()
-	browsers.close()
+	endBrowsers()
 	if binaryDir != "" {
 		os.RemoveAll(binaryDir)
 	}
@@ -6989,8 +6989,7 @@ func frame(id, line string) string {
 type browser struct {
 	t       *testing.T
 	session string // the session's address at chromedriver
-	args    string // of Chromium
-	profile string // its directory
+	profile string // Chromium's directory
 }
 
 var (
@@ -7017,36 +7016,15 @@ var (
 	})
 )
 
-// A browserPool holds the browsers that no test has at the moment: a Chromium takes seconds to start.
-type browserPool struct {
-	mu   sync.Mutex
-	idle map[string][]*browser // by their args
+// idle has the browsers that no test has at the moment: a Chromium takes seconds to start.
+var idle struct {
+	sync.Mutex
+	browsers []*browser
 }
 
-var browsers = browserPool{idle: map[string][]*browser{}}
-
-func (p *browserPool) take(args string) *browser {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	list := p.idle[args]
-	if len(list) == 0 {
-		return nil
-	}
-	p.idle[args] = list[:len(list)-1]
-	return list[len(list)-1]
-}
-
-func (p *browserPool) put(b *browser) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.idle[b.args] = append(p.idle[b.args], b)
-}
-
-func (p *browserPool) close() {
-	for _, list := range p.idle {
-		for _, b := range list {
-			b.quit()
-		}
+func endBrowsers() {
+	for _, b := range idle.browsers {
+		b.quit()
 	}
 	if chromedriver != nil {
 		chromedriver.Process.Kill()
@@ -7054,43 +7032,54 @@ func (p *browserPool) close() {
 	}
 }
 
-// startBrowser is a Chromium with one empty tab, no cookie, and nothing of any test's pages.
-func startBrowser(t *testing.T, args ...string) *browser {
+// startBrowser is a Chromium with one empty tab, no cookie, and nothing of any test's pages. Its first
+// tab prefers that language, if one is named.
+func startBrowser(t *testing.T, language ...string) (b *browser) {
 	t.Helper()
 	if testing.Short() && t.Name() != "TestPageTwoPeople" {
 		t.Skip("takes a browser; one look is enough")
 	}
 	need(t, "chromium", "apt-get install chromium")
 	need(t, "chromedriver", "apt-get install chromium-driver")
-	b := browsers.take(strings.Join(args, " "))
+	idle.Lock()
+	if last := len(idle.browsers) - 1; last >= 0 {
+		b, idle.browsers = idle.browsers[last], idle.browsers[:last]
+	}
+	idle.Unlock()
 	if b == nil {
-		b = newBrowser(t, args)
+		b = newBrowser(t)
 	}
 	b.t = t
 	t.Cleanup(func() {
 		if t.Failed() || b.clear() != nil {
 			b.quit()
-		} else {
-			browsers.put(b)
+			return
 		}
+		idle.Lock()
+		defer idle.Unlock()
+		idle.browsers = append(idle.browsers, b)
 	})
 	b.inject(short)
+	if len(language) > 0 {
+		b.cdp("Emulation.setUserAgentOverride", map[string]any{
+			"userAgent": js[string](b, "return navigator.userAgent"), "acceptLanguage": language[0]})
+	}
 	return b
 }
 
-func newBrowser(t *testing.T, args []string) *browser {
+func newBrowser(t *testing.T) *browser {
 	t.Helper()
 	url, err := driverURL()
 	must(t, err)
 	profile, err := os.MkdirTemp("", "chat-browser-")
 	must(t, err)
-	b := &browser{t: t, session: url + "/session", args: strings.Join(args, " "), profile: profile}
+	b := &browser{t: t, session: url + "/session", profile: profile}
 	path, _ := exec.LookPath("chromium")
-	options := map[string]any{"binary": path, "args": append([]string{
+	options := map[string]any{"binary": path, "args": []string{
 		"--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync",
 		"--host-resolver-rules=MAP chat.test 127.0.0.1", "--user-data-dir=" + profile,
-		"--window-size=1280,800"}, args...)}
+		"--window-size=1280,800"}}
 	created := call[struct{ SessionID string }](b, "POST", "", map[string]any{"capabilities": map[string]any{
 		"alwaysMatch": map[string]any{"goog:chromeOptions": options,
 			"goog:loggingPrefs": map[string]string{"browser": "ALL", "performance": "ALL"}}}})
@@ -7333,9 +7322,9 @@ const short = `
 `
 
 // visit is a browser that has logged in, through a relay, to a chat of its own.
-func visit(t *testing.T, args ...string) (*browser, *pageRelay) {
+func visit(t *testing.T, language ...string) (*browser, *pageRelay) {
 	t.Helper()
-	b := startBrowser(t, args...)
+	b := startBrowser(t, language...)
 	p := startPageRelay(t, startRoom(t).url)
 	b.login(p.url(), "小明")
 	return b, p
@@ -7534,10 +7523,10 @@ func (b *browser) command(name string) {
 	b.cdp("Input.dispatchKeyEvent", map[string]any{"type": "keyUp", "key": "F24"})
 }
 
-var lastID int
+var lastID atomic.Int64
 
 // id draws the next id for a frame.
-func id() string { lastID++; return fmt.Sprintf("id-of-a-test-%06d", lastID) }
+func id() string { return fmt.Sprintf("id-of-a-test-%06d", lastID.Add(1)) }
 
 // Texts that are dear to lay out: a page of them comes in at most three times the time of a page of
 // plain ones.
@@ -8867,7 +8856,7 @@ func TestPageStructure(t *testing.T) {
 		}},
 		{"fr", "en", nil},
 	} {
-		b, p := visit(t, "--accept-lang="+c.lang)
+		b, p := visit(t, c.lang)
 		same(t, js[string](b, "return document.documentElement.lang"), c.html, "Accept-Language %s: a page in", c.lang)
 		b.checks(c.list...)
 		if c.lang != "en-US,zh" {
@@ -9084,9 +9073,9 @@ const lessonScript = `
 `
 
 // openLesson opens the lesson of a room, and waits until all four columns receive.
-func openLesson(t *testing.T, url string, args ...string) *browser {
+func openLesson(t *testing.T, url string, language ...string) *browser {
 	t.Helper()
-	b := startBrowser(t, args...)
+	b := startBrowser(t, language...)
 	b.inject(lessonScript)
 	b.enter(url + "/lesson")
 	b.wait("all four receive", "state() === 'live'")
@@ -9369,7 +9358,7 @@ func TestLessonLooks(t *testing.T) {
 		{"zh", "接收消息的四种方式", "断开连接", []string{"-redis", redis.addr, "-channel", "class:5"}, "通过 Redis 共享"},
 	} {
 		room := startRoom(t, c.args...).joined()
-		b := openLesson(t, strings.Replace(room.url, "127.0.0.1", "chat.test", 1), "--accept-lang="+c.lang)
+		b := openLesson(t, strings.Replace(room.url, "127.0.0.1", "chat.test", 1), c.lang)
 		newClient(t, room.url).login("小明").say("你好 hello")
 		b.keys("#message", strings.Repeat("a long message ", 20)+"\uE007")
 		b.wait("messages", "each('messages').join() === '2,2,2,2' && raw('#answer').some((line) => line.includes('a long message'))")
