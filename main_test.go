@@ -5724,11 +5724,16 @@ func (p *modelProcess) execute(faults bool) {
 	}
 }
 
-// tooLate tells whether a second copy would come so far behind the first that it would be shown:
-// the list is told, not kept, to have no such.
+// tooLate tells whether a second copy would come so far behind the first that it would be shown, or
+// dropped by those who start later: the list is told, not kept, to have no such. (Who writes back may
+// have put the first one in front.)
 func (m *model) tooLate(key string) bool {
 	first, again := m.listed[key]
-	return again && m.items-first > m.size/8
+	behind := m.items - first
+	if i := slices.IndexFunc(m.list, func(item string) bool { return strings.HasPrefix(item, key+"~") }); i >= 0 {
+		behind = len(m.list) - i
+	}
+	return again && behind > m.size/8
 }
 
 // A modelClient sends a message until it is accepted.
