@@ -5384,6 +5384,7 @@ type model struct {
 	snapshot []string
 	saved    int // how many items had been pushed then
 	writes   int // of the whole list
+	emptied  int // how many there had been when it forgot all
 
 	order    []string       // keys as Redis first took them
 	place    map[string]int // key → its place there
@@ -5399,7 +5400,7 @@ type model struct {
 
 func newModel(seed uint64) *model {
 	m := &model{Rand: rand.New(rand.NewPCG(seed, 0)), place: map[string]int{}, pushed: map[string]int{}, listed: map[string]int{},
-		at: map[string]int{}, accepted: map[string]bool{}, dead: map[string]bool{}}
+		at: map[string]int{}, accepted: map[string]bool{}, dead: map[string]bool{}, emptied: -1}
 	m.size = []int{8, 16, 64}[m.IntN(3)]
 	m.length = 50 + m.IntN(450)
 	if m.IntN(2) == 0 {
@@ -5508,13 +5509,13 @@ func (m *model) disturb(p *modelProcess) {
 	case n == 8:
 		m.snapshot, m.saved = slices.Clone(m.list), m.items
 	case n == 9: // FLUSHALL
-		m.list = nil
+		m.list, m.emptied = nil, m.writes
 		m.version++
 	case n == 10: // a restart with nothing
 		m.cutAll()
-		m.list = nil
+		m.list, m.emptied = nil, m.writes
 		m.version++
-	case m.items-m.saved >= m.size/2: // it would have nothing of what is held
+	case m.items-m.saved >= m.size/2 || m.emptied == m.writes: // it would have nothing of what is held
 	case n == 11: // a restart from the snapshot
 		m.cutAll()
 		m.list = slices.Clone(m.snapshot)
