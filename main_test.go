@@ -10128,7 +10128,7 @@ func TestWebSocketSendsTheSame(t *testing.T) {
 	long := strings.Repeat("好\n", maxMessage/2)
 	var last string
 	for i := range 50 {
-		last = c.sayAs(fmt.Sprintf("key-of-a-message-%04d", i), fmt.Sprint(i, "\nline\n"))
+		last = c.sayAs(fmt.Sprintf("key-of-a-message-%04d", i), fmt.Sprint(i, "\nline\n", strings.Repeat("x", i))) // frames of 126 bytes, too
 	}
 	c.say(long)
 	want, _, _ := strings.Cut(c.get("/stream?wait=0").body[len("retry: 2000\n"):], "event: ping")
@@ -10150,8 +10150,14 @@ func TestWebSocketSendsTheSame(t *testing.T) {
 		}
 		same(t, got, want, "%q brings", query)
 	}
-	for name, p := range map[string]*peer{"?after=": c.socket("after=" + last), "Last-Event-ID": c.socket("", "Last-Event-ID: "+last)} {
+	peers := map[string]*peer{"?after=": c.socket("after=" + last), "Last-Event-ID": c.socket("", "Last-Event-ID: "+last),
+		"?wait=, which is nothing to a WebSocket,": c.socket("wait=0&after=" + last)}
+	for name, p := range peers {
 		same(t, p.word(), long, "with %s comes", name)
+	}
+	c.say("later")
+	for _, p := range peers {
+		p.until("later")
 	}
 }
 
@@ -10198,6 +10204,15 @@ func TestWebSocketPosts(t *testing.T) {
 	expect(t, got.Status == 413 && got.RetryAfter == 0 && got.Reason != "", "too much is answered %+v", got)
 	stranger := c.socket("", "Cookie: "+session.Name+"="+session.Value+"x")
 	same(t, stranger.post("hello"), outcome{Status: 401, Reason: "log in first"}, "with a broken session, before all else, a post is answered")
+	same(t, string(reply(429, "too fast", 400*time.Millisecond)),
+		"event: reply\ndata: {\"status\":429,\"reason\":\"too fast\",\"retryAfter\":1}\n\n", "part of a second is told as")
+	broken := newClient(t, room.url).socket("")
+	broken.send(announce(0x81, 100, "abcd", "data: cut off"))
+	must(t, broken.conn.(*net.TCPConn).CloseWrite())
+	for word := ""; word != "end" && !strings.HasPrefix(word, "broken"); {
+		word = broken.word()
+	}
+	same(t, len(c.newcomer()), len(want), "after a frame that was cut off the room has as many as before:")
 	w.heard(want...)
 }
 
@@ -10218,6 +10233,8 @@ func TestWebSocketWithoutRedis(t *testing.T) {
 	err := room.stop()
 	expect(t, err == nil && time.Since(start) <= 10*time.Second, "it ends with %v after %v", err, time.Since(start))
 	r.signal("CONT")
+	p = newClient(t, startRoom(t, "-redis", "localhost:"+freePort(t)).url).socket("", "Cookie: chat_session=x")
+	same(t, p.post("data: x").Reason, cannotTell, "before the key is known a post is refused with")
 }
 
 // TestWebSocketAtTheEnd has many open: each is told when to come back, and then 1001.
