@@ -4180,19 +4180,22 @@ func (test fault) underRooms(t *testing.T) {
 	all := []string{"one", "two", "three", "four"}
 	for i, s := range streams {
 		got := s.upTo("four")
-		if told := slices.Index(got, "(gap)"); test.loses && (told == 0 || told == 1 && got[0] == "three") {
-			got = got[told+1:] // once, and then a newcomer's history
-			same(t, got, all, "behind the gap reader %d was told", i+1)
+		told := strings.Count(fmt.Sprint(got), "(gap)") // twice if only the second one to join had heard three
+		if test.loses && (told == 1 || told == 2) {
+			for slices.Contains(got, "(gap)") {
+				got = got[slices.Index(got, "(gap)")+1:]
+			}
+			same(t, got, all, "behind the gap reader %d was told", i+1) // a newcomer's history
 		} else if test.loses || !slices.Equal(got, all[2:]) {
 			t.Errorf("reader %d was told %q, want three and four, behind a gap if Redis lost anything: %v", i+1, got, test.loses)
 		}
 	}
 	r.holds(all, one, two)
 	wrote := written(t, rooms...)
-	expect(t, wrote <= 1 && (wrote == 1) == test.loses, "the list was written back %d times, want once if Redis lost anything: %v", wrote, test.loses)
+	expect(t, wrote <= 2 && (wrote > 0) == test.loses, "the list was written back %d times, want once or twice if Redis lost anything: %v", wrote, test.loses)
 	for _, room := range rooms {
 		got := room.changes()
-		expect(t, got[0] == "joined" && got[1] == "away" && got[len(got)-1] == "joined" && len(got) <= 4,
+		expect(t, got[0] == "joined" && got[1] == "away" && got[len(got)-1] == "joined" && len(got) <= 6,
 			"it logged %q, want joined, away, joined", got)
 	}
 }
@@ -11230,7 +11233,7 @@ func TestService(t *testing.T) {
 	command := regexp.MustCompile(`(?m)^ExecStart=\S+ (.*)$`).FindStringSubmatch(unit)
 	require(t, command != nil, "the unit starts nothing")
 	checkFlags(t, strings.ReplaceAll(command[1], "%i", "8989"))
-	container := regexp.MustCompile(`(?m)^  chat: { image: chat, command: \[(-redis), "(redis:6379)"\], ports: \["8989:8989"\]`).FindStringSubmatch(blocks(t, "yaml")[0])
+	container := regexp.MustCompile(`(?m)^  chat: { image: goreleaser\.ko\.local, command: \[(-redis), "(redis:6379)"\], ports: \["8989:8989"\]`).FindStringSubmatch(blocks(t, "yaml")[0])
 	require(t, container != nil, "the container does not find Redis, or the port is not open")
 	checkFlags(t, container[1]+" "+container[2])
 }
