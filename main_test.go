@@ -5345,10 +5345,11 @@ func TestReconcile(t *testing.T) {
 // Redis took them, and no gap but for what left the ring. When Redis forgets, what a reader did not
 // get must be followed by a gap, unless only the dead had it. At the end all logs are the list.
 //
-// CHAT_MODEL sets how many runs (.ci/run makes 5000 of them, without -race), CHAT_SEED repeats one.
+// CHAT_MODEL sets how many runs (.ci/run makes 5000 of them, without -race), CHAT_SEED the first one;
+// alone it repeats that. What none of the usual ones shows is to be looked for with others.
 func TestModel(t *testing.T) {
 	t.Parallel()
-	first, runs := rand.Uint64()>>1, 300
+	first, runs := uint64(1), 300
 	if testing.Short() {
 		runs = 100
 	}
@@ -5548,7 +5549,7 @@ func (m *model) cutAll() {
 	}
 }
 
-// held returns the keys that are in the list, in a log, or on the way.
+// held returns the keys that are in the list, in a log, or on the way to one.
 func (m *model) held() map[string]bool {
 	held := map[string]bool{}
 	for _, item := range m.list {
@@ -5556,9 +5557,6 @@ func (m *model) held() map[string]bool {
 		held[keyOf(id)] = true
 	}
 	for _, p := range m.processes {
-		for _, c := range p.pending {
-			held[keyOf(c.id)] = true
-		}
 		kept := p.follows && p.f.seam == "" // what comes before the seam is let go
 		for _, msg := range p.queue {
 			kept = kept || p.follows && msg[1] == p.f.seam
