@@ -638,7 +638,7 @@ type news struct {
 // newLog returns a log of which nobody gets anything until it is built.
 func newLog(size, history int) *Log {
 	l := &Log{size: size, history: history, ring: newRing(size), wake: make(chan struct{})}
-	l.mu.Lock()
+	l.mu.Lock() // what the timer runs reads it
 	defer l.mu.Unlock()
 	l.timer = time.AfterFunc(heartbeat, func() {
 		l.mu.Lock()

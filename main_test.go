@@ -2076,7 +2076,9 @@ func TestStreamOfPython(t *testing.T) {
 		}
 		out, err := python(t, module, program, room.url+"/stream?wait=0").Output()
 		must(t, err)
-		for i, lines := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+		all := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
+		require(t, len(all) == len(readers), "%d of %d readers with %s have printed something", len(all), len(readers), module)
+		for i, lines := range all {
 			var got []string
 			kind, data := "message", []string(nil)
 			for line := range strings.SplitSeq(lines, ",") {
@@ -2845,19 +2847,19 @@ func TestShutdown(t *testing.T) {
 		open = append(open, s)
 	}
 	same(t, r.stop(), nil, "with 100 streams open it ended with")
-	seen, cut := map[int]bool{}, 0
-	for _, s := range open {
+	seen, told := map[int]bool{}, map[bool]int{} // true: polls
+	for i, s := range open {
 		last := s.until("end")
 		if len(last) < 2 || last[len(last)-2].retry == nil {
-			cut++ // a busy machine may take over stopTimeout
-			continue
+			continue // cut off: a busy machine may take over stopTimeout
 		}
+		told[i%4 == 0]++
 		e := last[len(last)-2] // in the block of an event, or some clients would take it for a message
 		require(t, e.kind == "ping" && e.id == id && len(e.retry) == 1 && e.retry[0] >= 1000 && e.retry[0] <= 4000,
 			"a stream ended with %v, want a ping of %s with a retry of 1000 to 4000", last, id)
 		seen[e.retry[0]] = true
 	}
-	expect(t, cut <= 50, "%d of 100 streams were cut off before they were told", cut)
+	expect(t, told[true] >= 5 && told[false] >= 25, "%d of 25 polls and %d of 75 streams were told when to come back", told[true], told[false])
 	expect(t, len(seen) >= 25, "100 readers come back at %d different times", len(seen))
 }
 
@@ -4059,6 +4061,7 @@ type fault struct {
 	mends  func(r *redisServer)
 	saves  bool     // Redis, when one message of two has been said
 	loses  bool     // it comes back with less than the rooms hold
+	half   bool     // it published what it refused to keep, and the room that posted may not have heard it
 	room   []string // arguments of the rooms
 	url    string   // %s is host and port
 	posts  bool     // Valkey tells it only to who posts
@@ -4103,7 +4106,7 @@ var faults = []fault{
 			})
 		}},
 	{name: "writes are paused, as before a failover", breaks: does("CLIENT", "PAUSE", 60000, "WRITE"), mends: does("CLIENT", "UNPAUSE")},
-	{name: "the list is a string (WRONGTYPE)", when: both, loses: true, breaks: does("SET", "chat:history", "x"), mends: does("DEL", "chat:history")},
+	{name: "the list is a string (WRONGTYPE)", when: both, loses: true, half: true, breaks: does("SET", "chat:history", "x"), mends: does("DEL", "chat:history")},
 	{name: "no memory left (OOM)", posts: true,
 		breaks: does("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "1"), mends: does("CONFIG", "SET", "maxmemory", "0")},
 	{name: "no memory left (OOM), with a key that is not in Redis", posts: true, room: []string{"CHAT_KEY=one of our own"},
@@ -4180,25 +4183,26 @@ func (test fault) underRooms(t *testing.T) {
 		two.insist("three")
 	}
 	two.insist("four")
-	all := []string{"one", "two", "three", "four"}
+	all, most := []string{"one", "two", "three", "four"}, 1
+	if test.half { // the other one has three, and may join last
+		most = 2
+	}
 	for i, s := range streams {
 		got := s.upTo("four")
-		told := strings.Count(fmt.Sprint(got), "(gap)") // twice if only the second one to join had heard three
-		if test.loses && (told == 1 || told == 2) {
-			for slices.Contains(got, "(gap)") {
-				got = got[slices.Index(got, "(gap)")+1:]
-			}
-			same(t, got, all, "behind the gap reader %d was told", i+1) // a newcomer's history
-		} else if test.loses || !slices.Equal(got, all[2:]) {
-			t.Errorf("reader %d was told %q, want three and four, behind a gap if Redis lost anything: %v", i+1, got, test.loses)
+		told, want := 0, all[2:]
+		for at := slices.Index(got, "(gap)"); at >= 0; at = slices.Index(got, "(gap)") {
+			expect(t, told > 0 || at == 0 || at == 1 && got[0] == "three", "before the gap reader %d was told %q", i+1, got[:at])
+			got, told, want = got[at+1:], told+1, all // what a newcomer gets
 		}
+		same(t, got, want, "reader %d was told, behind %d gaps", i+1, told)
+		expect(t, (told > 0) == test.loses && told <= most, "reader %d was told %d gaps, want one if Redis lost anything: %v", i+1, told, test.loses)
 	}
 	r.holds(all, one, two)
 	wrote := written(t, rooms...)
-	expect(t, wrote <= 2 && (wrote > 0) == test.loses, "the list was written back %d times, want once or twice if Redis lost anything: %v", wrote, test.loses)
+	expect(t, wrote <= most && (wrote > 0) == test.loses, "the list was written back %d times, want once if Redis lost anything: %v", wrote, test.loses)
 	for _, room := range rooms {
 		got := room.changes()
-		expect(t, got[0] == "joined" && got[1] == "away" && got[len(got)-1] == "joined" && len(got) <= 6,
+		expect(t, got[0] == "joined" && got[1] == "away" && got[len(got)-1] == "joined" && len(got) <= 2+2*most,
 			"it logged %q, want joined, away, joined", got)
 	}
 }
@@ -5346,7 +5350,7 @@ func TestReconcile(t *testing.T) {
 // get must be followed by a gap, unless only the dead had it. At the end all logs are the list.
 //
 // CHAT_MODEL sets how many runs (.ci/run makes 5000 of them, without -race), CHAT_SEED the first one;
-// alone it repeats that. What none of the usual ones shows is to be looked for with others.
+// alone it repeats that one. They are the same each time; give a seed to look for what they do not show.
 func TestModel(t *testing.T) {
 	t.Parallel()
 	first, runs := uint64(1), 300
@@ -5394,7 +5398,7 @@ type model struct {
 	snapshot []string
 	saved    int // how many items had been pushed then
 	writes   int // of the whole list
-	emptied  int // how many there had been when it forgot all
+	emptied  int // how many there were when it last forgot everything
 
 	order    []string       // keys as Redis first took them
 	place    map[string]int // key → its place there
@@ -7061,8 +7065,9 @@ func frame(id, line string) string {
 
 type browser struct {
 	t       *testing.T
-	session string // the session's address at chromedriver
-	profile string // Chromium's directory
+	session string          // the session's address at chromedriver
+	profile string          // Chromium's directory
+	opened  map[string]bool // the origins of what was opened
 }
 
 var (
@@ -7146,7 +7151,7 @@ func newBrowser(t *testing.T) *browser {
 	must(t, err)
 	profile, err := os.MkdirTemp("", "chat-browser-")
 	must(t, err)
-	b := &browser{t: t, session: url + "/session", profile: profile}
+	b := &browser{t: t, session: url + "/session", profile: profile, opened: map[string]bool{}}
 	path, _ := exec.LookPath("chromium")
 	options := map[string]any{"binary": path, "args": []string{
 		"--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -7160,19 +7165,25 @@ func newBrowser(t *testing.T) *browser {
 	return b
 }
 
-// clear gives the next test a tab of its own, without cookies and logs. What a page stored is of its
-// origin, and no two tests have the same one.
+// clear gives the next test a tab of its own, without cookies, logs, and what the pages stored: a later
+// room can get the port of an earlier one.
 func (b *browser) clear() error {
+	cdp := func(command string, params map[string]any) error {
+		return try(b, "POST", "/goog/cdp/execute", map[string]any{"cmd": command, "params": params}, new(any))
+	}
 	var handles struct{ Value []string }
 	var tab struct{ Value struct{ Handle string } }
-	err := errors.Join(try(b, "POST", "/goog/cdp/execute", map[string]any{"cmd": "Network.clearBrowserCookies", "params": map[string]any{}}, new(any)),
-		try(b, "GET", "/window/handles", nil, &handles),
-		try(b, "POST", "/window/new", map[string]any{"type": "tab"}, &tab))
+	err := errors.Join(try(b, "GET", "/window/handles", nil, &handles), try(b, "POST", "/window/new", map[string]any{"type": "tab"}, &tab))
 	for _, old := range handles.Value {
 		err = errors.Join(err, try(b, "POST", "/window", map[string]any{"handle": old}, new(any)),
 			try(b, "DELETE", "/window", nil, new(any)))
 	}
-	err = errors.Join(err, try(b, "POST", "/window", map[string]any{"handle": tab.Value.Handle}, new(any)))
+	err = errors.Join(err, try(b, "POST", "/window", map[string]any{"handle": tab.Value.Handle}, new(any)),
+		cdp("Network.clearBrowserCookies", map[string]any{}))
+	for origin := range b.opened {
+		err = errors.Join(err, cdp("Storage.clearDataForOrigin", map[string]any{"origin": origin, "storageTypes": "all"}))
+	}
+	b.opened = map[string]bool{}
 	for _, kind := range []string{"browser", "performance"} {
 		err = errors.Join(err, try(b, "POST", "/se/log", map[string]any{"type": kind}, new(any)))
 	}
@@ -7233,9 +7244,12 @@ func try(b *browser, method, path string, body, answer any) error {
 	return json.Unmarshal(got, answer)
 }
 
-func (b *browser) open(url string) {
+func (b *browser) open(address string) {
 	b.t.Helper()
-	call[any](b, "POST", "/url", map[string]any{"url": url})
+	u, err := url.Parse(address)
+	must(b.t, err)
+	b.opened[u.Scheme+"://"+u.Host] = true
+	call[any](b, "POST", "/url", map[string]any{"url": address})
 }
 
 // js runs a function body in the page and returns what it returns.
