@@ -120,7 +120,6 @@ import (
 	"maps"
 	"math"
 	mathrand "math/rand/v2"
-	"mime"
 	"net"
 	"net/http"
 	"net/netip"
@@ -899,15 +898,12 @@ var (
 func encode(e entry) []byte {
 	switch {
 	case e.gap():
-		return fmt.Appendf(nil, "event: gap\nid: %s\ndata:\n\n", e.id)
+		return []byte("event: gap\nid: " + e.id + "\ndata:\n\n")
 	case e.act():
 		return nil
 	}
-	b := fmt.Appendf(nil, "id: %s\n", e.id)
-	for line := range strings.SplitSeq(e.line, "\n") {
-		b = fmt.Appendf(b, "data: %s\n", line)
-	}
-	return append(b, '\n')
+	lines := strings.ReplaceAll(e.line, "\n", "\ndata: ")
+	return []byte("id: " + e.id + "\ndata: " + lines + "\n\n")
 }
 
 // pingAt returns the ping that tells a reader it is up to date as of this id. (Each reader keeps the
@@ -955,11 +951,14 @@ func announcedID(s string) bool {
 // Of more than limit characters, cut is true and the rest gone.
 func clean(s string, limit int) (text string, cut bool) {
 	s = strings.Map(func(r rune) rune {
-		if r != '\n' && r != '\t' && unicode.In(r, unicode.Cc, unicode.Bidi_Control) {
+		switch {
+		case strings.ContainsRune("\r\v\f\u0085\u2028\u2029", r):
+			return '\n'
+		case r != '\n' && r != '\t' && unicode.In(r, unicode.Cc, unicode.Bidi_Control):
 			return -1
 		}
 		return r
-	}, lineEnds.Replace(s))
+	}, strings.ReplaceAll(s, "\r\n", "\n"))
 	n := 0
 	for i := range s {
 		if n == limit {
@@ -969,9 +968,6 @@ func clean(s string, limit int) (text string, cut bool) {
 	}
 	return s, false
 }
-
-var lineEnds = strings.NewReplacer("\r\n", "\n", "\r", "\n", "\v", "\n", "\f", "\n",
-	"\u0085", "\n", "\u2028", "\n", "\u2029", "\n")
 
 // invisible tells whether a character alone shows nothing: white space, format characters, the
 // default-ignorable ones of Unicode, and four whose picture is empty: a braille pattern, two
@@ -1516,8 +1512,8 @@ func parseIP(text string) netip.Addr {
 // readForm reads a form from the body, or answers why it cannot.
 func readForm(w http.ResponseWriter, r *http.Request) (url.Values, bool) {
 	const formType = "application/x-www-form-urlencoded"
-	kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil || kind != formType {
+	kind, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	if !strings.EqualFold(strings.TrimSpace(kind), formType) {
 		http.Error(w, "want a form: Content-Type "+formType, http.StatusUnsupportedMediaType)
 		return nil, false
 	}
