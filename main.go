@@ -637,7 +637,7 @@ type news struct {
 // newLog returns a log of which nobody gets anything until it is built.
 func newLog(size, history int) *Log {
 	l := &Log{size: size, history: history, ring: newRing(size), wake: make(chan struct{})}
-	l.mu.Lock() // what the timer runs reads it
+	l.mu.Lock() // round, which the timer runs, reads it
 	defer l.mu.Unlock()
 	l.timer = time.AfterFunc(heartbeat, func() {
 		l.mu.Lock()
@@ -795,8 +795,11 @@ func (l *Log) read(c *cursor, final bool) (n news) {
 // with the history for "". It returns false while that is not known. The caller holds mu.
 func (l *Log) place(c *cursor, final bool) bool {
 	r := l.ring
+	if l.built == 0 {
+		return false
+	}
 	if c.built == l.built {
-		return l.built > 0
+		return true
 	}
 	if c.after == "" {
 		l.restart(c, r.recent(l.history))
@@ -1370,12 +1373,14 @@ func (s *server) shutdown(srv *http.Server) {
 
 // routes says who answers what. The patterns give 404, and 405 with Allow, by themselves.
 func (s *server) routes() *http.ServeMux {
+	s.cfg.origins.SetDenyHandler(http.HandlerFunc(otherSite))
+	own := func(h http.HandlerFunc) http.Handler { return s.cfg.origins.Handler(h) }
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", s.chat)
 	mux.HandleFunc("GET /login", s.loginForm)
-	mux.HandleFunc("POST /login", s.sameOrigin(s.login))
-	mux.HandleFunc("POST /logout", s.sameOrigin(s.logout))
-	mux.HandleFunc("POST /post", s.sameOrigin(s.post))
+	mux.Handle("POST /login", own(s.login))
+	mux.Handle("POST /logout", own(s.logout))
+	mux.Handle("POST /post", own(s.post))
 	mux.HandleFunc("GET /stream", s.stream)
 	mux.HandleFunc("GET /ws", s.handshake)
 	mux.HandleFunc("GET /lesson", s.lesson)
@@ -1418,17 +1423,10 @@ func setRetryAfter(w http.ResponseWriter, wait time.Duration) {
 	w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
 }
 
-// sameOrigin refuses a request that another site's page made the browser send.
-func (s *server) sameOrigin(next http.HandlerFunc) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		if s.cfg.origins.Check(r) != nil {
-			why := "this request came from a page of another site; if a proxy changes the Host " +
-				"header, start chat with -origin and the address that people open"
-			http.Error(w, why, http.StatusForbidden)
-			return
-		}
-		next(w, r)
-	}
+// otherSite answers a request that another site's page made the browser send.
+func otherSite(w http.ResponseWriter, r *http.Request) {
+	http.Error(w, "this request came from a page of another site; if a proxy changes the Host "+
+		"header, start chat with -origin and the address that people open", http.StatusForbidden)
 }
 
 // An identity is what a request's cookies say of its sender.
@@ -1443,8 +1441,8 @@ const (
 
 // identify checks the session cookies. Any that verifies is good: several rooms on the ports
 // of one host share their cookies.
-func (s *server) identify(r *http.Request) (session, identity) {
-	values, k, now := cookieValues(r.Header), s.signer.Load(), time.Now()
+func (s *server) identify(h http.Header) (session, identity) {
+	values, k, now := cookieValues(h), s.signer.Load(), time.Now()
 	switch {
 	case len(values) == 0:
 		return session{}, nobody
@@ -1467,7 +1465,7 @@ const cannotTell = "the room cannot tell who you are until Redis is back"
 // admit tells whether the sender may take part in the room, and answers if not. To read an open
 // room takes no session; but who comes with a broken one must not become anonymous to write.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, write bool) (session, bool) {
-	sess, who := s.identify(r)
+	sess, who := s.identify(r.Header)
 	locked := s.cfg.password != ""
 	switch {
 	case who == pending && (locked || write):
@@ -1595,7 +1593,7 @@ func language(accept string) string {
 }
 
 func (s *server) chat(w http.ResponseWriter, r *http.Request) {
-	sess, who := s.identify(r)
+	sess, who := s.identify(r.Header)
 	if who != member {
 		turnAway(w, r, who)
 		return
@@ -1723,7 +1721,7 @@ func secure(r *http.Request) bool {
 }
 
 func (s *server) loginForm(w http.ResponseWriter, r *http.Request) {
-	sess, who := s.identify(r)
+	sess, who := s.identify(r.Header)
 	reason := ""
 	if who == invalid {
 		reason = "session_over"
@@ -1758,11 +1756,17 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 		unavailable(w, "nobody can log in until Redis is back")
 		return
 	}
-	if s.cfg.password != "" {
-		if wait := s.guesses.take(from, now); wait > 0 {
-			s.tally.add("passwords", "from "+from)
+	tooMany := func(of *limiter, what string) bool {
+		wait := of.take(from, now)
+		if wait > 0 {
+			s.tally.add(what, "from "+from)
 			setRetryAfter(w, wait)
 			s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
+		}
+		return wait > 0
+	}
+	if s.cfg.password != "" {
+		if tooMany(&s.guesses, "passwords") {
 			return
 		}
 		if !hmac.Equal([]byte(form.Get("password")), []byte(s.cfg.password)) {
@@ -1771,10 +1775,7 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 		}
 		s.guesses.giveBack(from)
 	}
-	if wait := s.logins.take(from, now); wait > 0 {
-		s.tally.add("logins", "from "+from)
-		setRetryAfter(w, wait)
-		s.showLogin(w, r, http.StatusTooManyRequests, typed, "too_many")
+	if tooMany(&s.logins, "logins") {
 		return
 	}
 	value := k.sign(session{id: rand.Text(), name: name, expires: now.Add(sessionLife)})
@@ -1864,7 +1865,7 @@ func (s *server) accept(ctx context.Context, from session, address, key, text st
 }
 
 func (s *server) lesson(w http.ResponseWriter, r *http.Request) {
-	if _, who := s.identify(r); who != member && s.cfg.password != "" {
+	if _, who := s.identify(r.Header); who != member && s.cfg.password != "" {
 		turnAway(w, r, who)
 		return
 	}
@@ -1957,14 +1958,9 @@ func (s *server) asset(w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(content))
 }
 
-// stream answers with events.
 func (s *server) stream(w http.ResponseWriter, r *http.Request) {
-	if _, ok := s.admit(w, r, false); !ok {
-		return
-	}
-	st, err := s.newStream(r)
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
+	st, ok := s.newStream(w, r)
+	if !ok {
 		return
 	}
 	h := w.Header()
@@ -1980,11 +1976,15 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 	s.takeOver(w, st, "200 OK")
 }
 
-// newStream reads what a request for events asks for.
-func (s *server) newStream(r *http.Request) (*stream, error) {
+// newStream reads what a request for events asks for, or answers why it gets none.
+func (s *server) newStream(w http.ResponseWriter, r *http.Request) (*stream, bool) {
+	if _, ok := s.admit(w, r, false); !ok {
+		return nil, false
+	}
 	query, err := parseForm(r.URL.RawQuery)
 	if err != nil {
-		return nil, errors.New("the query is broken")
+		http.Error(w, "the query is broken", http.StatusBadRequest)
+		return nil, false
 	}
 	st := &stream{room: s.room, poll: query.Has("wait")}
 	st.at.after = cmp.Or(r.Header.Get("Last-Event-ID"), query.Get("after"))
@@ -1992,9 +1992,10 @@ func (s *server) newStream(r *http.Request) (*stream, error) {
 		st.wait, err = time.ParseDuration(query.Get("wait"))
 	}
 	if err != nil || st.wait < 0 {
-		return nil, errors.New("wait wants 0 or a time such as 25s")
+		http.Error(w, "wait wants 0 or a time such as 25s", http.StatusBadRequest)
+		return nil, false
 	}
-	return st, nil
+	return st, true
 }
 
 // takeOver takes the connection of a request from net/http, whose handler would cost each reader
@@ -2187,6 +2188,8 @@ func (s *server) handshake(w http.ResponseWriter, r *http.Request) {
 	}
 	h, key := w.Header(), r.Header.Get("Sec-Websocket-Key")
 	random, err := base64.StdEncoding.DecodeString(key)
+	asPost := &http.Request{Method: http.MethodPost, URL: r.URL, Host: r.Host,
+		Header: http.Header{"Origin": r.Header["Origin"]}}
 	switch {
 	case r.Method != http.MethodGet || !r.ProtoAtLeast(1, 1) || !has("Upgrade", "websocket"),
 		r.Header.Get("Sec-Websocket-Version") != "13":
@@ -2197,27 +2200,23 @@ func (s *server) handshake(w http.ResponseWriter, r *http.Request) {
 	case err != nil || len(random) != 16 || !has("Connection", "upgrade"):
 		why := "want Connection: Upgrade and a Sec-WebSocket-Key of 16 bytes"
 		http.Error(w, why, http.StatusBadRequest)
+	case s.cfg.origins.Check(asPost) != nil:
+		otherSite(w, r)
 	default:
-		asPost := &http.Request{Method: http.MethodPost, URL: r.URL, Host: r.Host,
-			Header: http.Header{"Origin": r.Header["Origin"]}}
-		s.sameOrigin(func(http.ResponseWriter, *http.Request) { s.upgrade(w, r, key) })(w, asPost)
+		s.upgrade(w, r, key)
 	}
 }
 
 // upgrade is the rest of handshake. Of the request it keeps the cookies alone, since a whole one
 // takes the memory of another reader; they are verified at each post.
 func (s *server) upgrade(w http.ResponseWriter, r *http.Request, key string) {
-	if _, ok := s.admit(w, r, false); !ok {
-		return
-	}
-	st, err := s.newStream(r)
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
+	st, ok := s.newStream(w, r)
+	if !ok {
 		return
 	}
 	from, cookies := address(r), http.Header{"Cookie": slices.Clone(r.Header["Cookie"])}
 	post := func(event string) []byte {
-		sess, who := s.identify(&http.Request{Header: cookies})
+		sess, who := s.identify(cookies)
 		key, text, ok := parsePost(event)
 		switch {
 		case who == pending:
@@ -2645,8 +2644,10 @@ func reconcile(mine, list []entry, size int) (log []entry, forgot bool) {
 
 // stay joins the room and stays until something breaks, and returns what did.
 func (b *broker) stay(ctx context.Context) error {
+	var following sync.WaitGroup
+	defer following.Wait() // the next stay must be the only one to append
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // closes both connections
+	defer cancel() // before that it closes both connections
 	pub, err := b.dial(ctx, redisTimeout)
 	if err != nil {
 		return err
@@ -2666,15 +2667,8 @@ func (b *broker) stay(ctx context.Context) error {
 		return err
 	}
 	broken := make(chan error, 1)
-	go func() {
-		defer close(broken)
-		broken <- guarded(func() error { return follow(sub, f) })
-	}()
-	err = guarded(func() error { return b.tend(pub, f, broken) })
-	cancel()
-	for range broken { // the next stay must be the only one to append
-	}
-	return err
+	following.Go(func() { broken <- guarded(func() error { return follow(sub, f) }) })
+	return b.tend(pub, f, broken)
 }
 
 // dial connects to Redis. The connection is closed when ctx ends, also while it logs in.
@@ -2700,16 +2694,12 @@ type timelyConn struct {
 }
 
 func (c timelyConn) Write(b []byte) (int, error) {
-	if err := c.SetWriteDeadline(time.Now().Add(redisTimeout)); err != nil {
-		return 0, err
-	}
+	c.SetWriteDeadline(time.Now().Add(redisTimeout))
 	return c.Conn.Write(b)
 }
 
 func (c timelyConn) Read(b []byte) (int, error) {
-	if err := c.Conn.SetReadDeadline(time.Now().Add(c.patience)); err != nil {
-		return 0, err
-	}
+	c.Conn.SetReadDeadline(time.Now().Add(c.patience))
 	return c.Conn.Read(b)
 }
 
@@ -2767,31 +2757,26 @@ func (b *broker) subscribe(c redis.Conn) error {
 }
 
 // commit runs a transaction that was sent but for its EXEC, and returns the replies inside of it.
+// The error is redis.ErrNil when a WATCH made EXEC do nothing.
 func commit(c redis.Conn) ([]any, error) {
-	c.Send("EXEC")
-	replies, err := redis.Values(c.Do("")) // to all that was sent
-	if err != nil {
-		return nil, err
-	}
-	return results(replies)
+	replies, err := redis.Values(c.Do("EXEC")) // the error of what was sent before, if one had any
+	return replies, cmp.Or(err, errorIn(replies))
 }
 
-// results takes the replies to MULTI, the commands and EXEC, and returns those inside of the EXEC.
-// An error among any counts as the whole's: Redis runs the other commands all the same, and that of
-// a command says more than that EXEC discarded it. It is redis.ErrNil when a WATCH made EXEC do
-// nothing.
-func results(replies []any) ([]any, error) {
-	want := len(replies) - 2
-	inside, err := redis.Values(replies[want+1], nil)
-	for _, r := range slices.Concat(replies, inside) {
-		if e, bad := r.(redis.Error); bad {
-			return nil, e
+// errorIn is the first error among replies, also inside of an EXEC: Redis runs the other commands all
+// the same.
+func errorIn(replies []any) error {
+	for _, reply := range replies {
+		switch reply := reply.(type) {
+		case redis.Error:
+			return reply
+		case []any:
+			if err := errorIn(reply); err != nil {
+				return err
+			}
 		}
 	}
-	if err == nil && len(inside) != want {
-		err = fmt.Errorf("a transaction of %d commands has %d answers", want, len(inside))
-	}
-	return inside, err
+	return nil
 }
 
 // parseList reads the list's items, and counts all of them. What is not "<id> <line>" is not ours
@@ -2843,8 +2828,8 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 		if err != nil {
 			return nil, err
 		}
-		log, lost := f.merge(list)
-		if lost == nil {
+		log, lacking := f.merge(list)
+		if lacking == nil {
 			f.begin(log, f.word, items, len(list) >= f.log.size)
 			return f, nil
 		}
@@ -2953,7 +2938,7 @@ func (f *feed) least() int64 { return min(f.length.Load(), int64(listSize(f.log.
 // follow hands on what the subscription brings, and returns when it breaks.
 func follow(sub redis.Conn, f *feed) error {
 	for {
-		switch m := (redis.PubSubConn{Conn: sub}).ReceiveWithTimeout(0).(type) {
+		switch m := (redis.PubSubConn{Conn: sub}).Receive().(type) {
 		case error:
 			return m
 		case redis.Message:
@@ -2971,7 +2956,10 @@ func (f *feed) hear(channel, text string) error {
 	switch {
 	case channel == f.channel+":probe" && text == cmp.Or(f.seam, f.word):
 		f.seam = ""
-		f.back()
+		select {
+		case f.echo <- struct{}{}:
+		default: // somebody else published it
+		}
 	case f.seam != "":
 	case channel == f.channel+":probe":
 		if strings.HasPrefix(text, rewritten) {
@@ -2985,14 +2973,6 @@ func (f *feed) hear(channel, text string) error {
 		f.receive(text)
 	}
 	return nil
-}
-
-// back tells that the word has come back.
-func (f *feed) back() {
-	select {
-	case f.echo <- struct{}{}:
-	default: // one that was published by somebody else
-	}
 }
 
 // receive appends a line, under the id that announced it or one derived from that. An announced
@@ -3120,14 +3100,9 @@ func (b *broker) batch(p *post) []*post {
 	return batch
 }
 
-// send publishes a batch in one round trip, each post a transaction of its own, and tells each
-// how it went. On an error the stay is over.
-func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
-	defer func() {
-		for _, p := range batch {
-			p.done <- err
-		}
-	}()
+// send publishes a batch in one round trip, each post a transaction of its own, and tells each how
+// that went. On an error the stay is over, and for the whole batch it is not sure what came of it.
+func (b *broker) send(c redis.Conn, f *feed, batch []*post) error {
 	least := f.least()
 	list := b.channel + ":history"
 	for _, p := range batch {
@@ -3140,23 +3115,21 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*post) (err error) {
 		c.Send("EXEC")
 	}
 	replies, err := redis.Values(c.Do(""))
+	err = cmp.Or(err, errorIn(replies))
+	for _, p := range batch {
+		p.done <- err
+	}
 	if err != nil {
 		return err
 	}
-	forgot := false
 	for one := range slices.Chunk(replies, 6) {
-		inside, err := results(one)
+		inside, err := redis.Values(one[5], nil)
 		if err != nil {
 			return err
 		}
 		if length, _ := inside[0].(int64); length <= least {
-			forgot = true
+			return errForgot
 		}
-		batch[0].done <- nil
-		batch = batch[1:]
-	}
-	if forgot {
-		return errForgot
 	}
 	return nil
 }
