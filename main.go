@@ -72,9 +72,9 @@ follows does not join what you had; messages may be missing, and the recent ones
 
 	channel chat         the line and nothing else: [12:34:56] 小明: 你好
 	channel chat:id      the id of the line that comes next on chat
-	channel chat:probe   every 5 s a word of each process, which shows that what is published
-	                     here comes back. "rewritten " before it says that the list or the key
-	                     was written back, and the other processes join again
+	channel chat:probe   every 5 s a random word of each process: the probe, which shows that what is
+	                     published here comes back. "rewritten " before it says that the list or
+	                     the key was written back, and the other processes join again
 	list    chat:history id, space, line; newest last. 4608 are kept, and the newest 4096 are the
 	                     history. The line !gap says that messages may be missing before it
 	string  chat:key     the key of the cookies: the time it was drawn in 16 hex digits, a dash, a
@@ -189,7 +189,7 @@ const (
 	confirmTimeout = 2 * time.Second        // from POST to the message coming back
 	dialTimeout    = 10 * time.Second       // the name of Redis and all its addresses
 	redisTimeout   = 2 * time.Second        // one write, and what a read waits for the next byte
-	syncEvery      = 5 * time.Second        // between two round trips of our word through Redis
+	syncEvery      = 5 * time.Second        // between two round trips of our probe through Redis
 	syncTimeout    = 2 * time.Second        // within which it must come back,
 	joinTimeout    = 10 * time.Second       // the first time behind all that came with the list
 	rejoinPause    = 400 * time.Millisecond // between attempts to join, half to one and a half of it
@@ -517,14 +517,14 @@ func (r *room) next(c *cursor) news {
 	if !n.unknown {
 		return n
 	}
-	if c.trip == nil {
-		c.trip = r.broker.ask()
+	if c.settled == nil {
+		c.settled = r.broker.ask()
 	}
 	select {
-	case <-c.trip:
+	case <-c.settled:
 		return r.log.read(c, true)
 	default:
-		n.settled = c.trip
+		n.settled = c.settled
 		return n
 	}
 }
@@ -610,13 +610,13 @@ func (e entry) gap() bool { return e.line == gapLine && e.act() }
 
 // A cursor is the place of a reader: an id, and where that is in the ring. Only its reader uses it.
 type cursor struct {
-	after string          // id of the entry it had last; "0" at the beginning, "" for a newcomer
-	trip  <-chan struct{} // closed when a round trip shows that this id is nowhere
-	built uint64          // the ring that pos is a position in, as Log.built; 0: not found yet
-	pos   uint64          // position to read next
-	told  uint64          // gaps before this position it was told, or came after
-	goal  uint64          // where the log ended when it found its place, or was told a gap
-	beats uint64          // of the log, when this last read
+	after   string          // id of the entry it had last; "0" at the beginning, "" for a newcomer
+	settled <-chan struct{} // closed when a round trip shows that an unknown id is nowhere
+	built   uint64          // the ring that pos is a position in, as Log.built; 0: not found yet
+	pos     uint64          // position to read next
+	told    uint64          // gaps before this position it was told, or came after
+	goal    uint64          // where the log ended when it found its place, or was told a gap
+	beats   uint64          // of the log, when this last read
 }
 
 // lost is the position of a reader whose place is not in the log.
@@ -631,7 +631,7 @@ type news struct {
 	more    bool            // there is more at once
 	ended   bool            // behind the frames the log ends
 	wake    <-chan struct{} // closed when there may be more
-	settled <-chan struct{} // closed when an unknown place is settled
+	settled <-chan struct{} // the cursor's, while its place is unknown
 }
 
 // newLog returns a log of which nobody gets anything until it is built.
@@ -688,11 +688,11 @@ func (l *Log) append(e entry) (id string, added bool) {
 	return e.id, true
 }
 
-// rebuild makes these, of which no two have the same key, the entries of the log. If cut there
+// rebuild makes these, of which no two have the same key, the entries of the log. If older there
 // were older ones once, so that who has read nothing yet has missed something.
-func (l *Log) rebuild(entries []entry, cut bool) {
+func (l *Log) rebuild(entries []entry, older bool) {
 	r := newRing(l.size)
-	if cut {
+	if older {
 		r.next, r.oldest = 1, 1
 	}
 	for _, e := range entries {
@@ -2429,166 +2429,6 @@ func appendFrame(b []byte, op byte, data []byte) []byte {
 	return append(b, data...)
 }
 
-// A broker shares the log with other processes through Redis. It keeps two connections: one
-// subscribes, one publishes. When anything on them is not as it should be, both are closed and
-// the broker joins again, so there is one way back from every fault.
-type broker struct {
-	url     string
-	channel string
-	key     string // cookie key to share; "" until it is known; run's alone
-	ownKey  bool   // the key came from CHAT_KEY and stays out of Redis
-	gotKey  func(key string)
-	log     *Log
-	logf    func(format string, args ...any)
-
-	outgoing chan *post
-	asking   chan struct{} // gets something when somebody asks for a round trip
-
-	mu     sync.Mutex      // guards all below
-	why    error           // why the room is away; nil while it is joined
-	since  time.Time       // when it went away
-	logged map[string]bool // the reasons that were logged since
-	joins  uint64          // how often it was joined
-	wrote  uint64          // lists written back
-	asked  chan struct{}   // the round trip to come; nil while nobody asks for one
-	begun  []chan struct{} // those asked for that have begun; closed when one is over
-}
-
-// A post is an entry on its way to Redis.
-type post struct {
-	entry
-	done chan error // gets the outcome of EXEC; buffered: send does not wait for who posts
-}
-
-var (
-	errNotJoined = errors.New("not joined yet")
-	errSilent    = errors.New("what is published does not come back")
-	errForgot    = errors.New("the history or the key was forgotten or written anew")
-)
-
-func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
-	return &broker{url: cfg.redis.String(), channel: cfg.channel, log: l, logf: logf,
-		key: cfg.key, ownKey: cfg.key != "", gotKey: gotKey,
-		outgoing: make(chan *post), asking: make(chan struct{}, 1), why: errNotJoined}
-}
-
-// run keeps the room joined until ctx ends. It logs changes of state, not attempts.
-//
-// While Redis is away posts get 503, readers stay connected and hear pings, and nothing is
-// appended. To join again is to agree on the key, subscribe, agree on the list, and see that what
-// is published comes back.
-func (b *broker) run(ctx context.Context) {
-	for {
-		err := guarded(func() error { return b.stay(ctx) })
-		if ctx.Err() != nil {
-			return
-		}
-		b.setAway(err)
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(rejoinPause/2 + mathrand.N(rejoinPause)):
-		}
-	}
-}
-
-// guarded runs f. A panic, such as redigo's when an answer has an impossible length, is an error
-// like others.
-func guarded(f func() error) (err error) {
-	defer func() {
-		if what := recover(); what != nil {
-			err = fmt.Errorf("reading what Redis answers: %v", what)
-		}
-	}()
-	return f()
-}
-
-// numbers returns 1 while the room is joined, how often it was, and how many lists it wrote back.
-func (b *broker) numbers() (joined, joins, wrote uint64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.why == nil {
-		joined = 1
-	}
-	return joined, b.joins, b.wrote
-}
-
-// away returns why the room is away, nil while it is not.
-func (b *broker) away() error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.why
-}
-
-// ask returns what is closed when a round trip through Redis that begins after now is over. Who ask
-// together share one.
-func (b *broker) ask() <-chan struct{} {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.asked == nil {
-		b.asked = make(chan struct{})
-		select {
-		case b.asking <- struct{}{}:
-		default:
-		}
-	}
-	return b.asked
-}
-
-// depart says that a round trip begins. If the stay ends before it is over, the next one counts.
-func (b *broker) depart() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.asked != nil {
-		b.begun, b.asked = append(b.begun, b.asked), nil
-	}
-}
-
-// arrive says that it is over: all that anybody can have heard of before it began is here.
-func (b *broker) arrive() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, trip := range b.begun {
-		close(trip)
-	}
-	b.begun = nil
-}
-
-// publish puts the entry into the room and returns the id that its key has when it has come back,
-// or why that is not sure.
-func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
-	key := keyOf(e.id)
-	if id := b.log.idOf(key); id != "" {
-		return id, nil
-	}
-	if why := b.away(); why != nil {
-		return "", why
-	}
-	p := &post{e, make(chan error, 1)}
-	select {
-	case b.outgoing <- p:
-	case <-ctx.Done():
-		return "", ctx.Err()
-	}
-	select { // not the log yet, which would wake every post that waits at each one that comes
-	case err = <-p.done:
-	case <-ctx.Done():
-		err = ctx.Err()
-	}
-	for err == nil {
-		next := b.log.next()
-		if id := b.log.idOf(key); id != "" {
-			return id, nil
-		}
-		select {
-		case <-next:
-		case <-ctx.Done():
-			err = ctx.Err()
-		}
-	}
-	return "", err
-}
-
 // reconcile agrees on one log. mine is what this process has, list what Redis has, oldest first,
 // of which the newest size items are the history and those before them only show which of these are
 // second copies. No two of mine have the same key.
@@ -2642,6 +2482,132 @@ func reconcile(mine, list []entry, size int) (log []entry, forgot bool) {
 	return log, forgot
 }
 
+// A broker shares the log with other processes through Redis. It keeps two connections: one
+// subscribes, one publishes. When anything on them is not as it should be, both are closed and
+// the broker joins again, so there is one way back from every fault.
+type broker struct {
+	url          string
+	channel      string
+	cookieKey    string // to share; "" until it is known; run's alone
+	ownCookieKey bool   // it came from CHAT_KEY and stays out of Redis
+	gotKey       func(key string)
+	log          *Log
+	logf         func(format string, args ...any)
+
+	outgoing chan *attempt
+	asking   chan struct{} // gets something when somebody asks for a round trip
+
+	mu     sync.Mutex      // guards all below
+	why    error           // why the room is away; nil while it is joined
+	since  time.Time       // when it went away
+	logged map[string]bool // the reasons that were logged since
+	joins  uint64          // how often it was joined
+	wrote  uint64          // lists written back
+	asked  chan struct{}   // the round trip to come; nil while nobody asks for one
+	begun  []chan struct{} // those asked for that have begun; closed when one is over
+}
+
+// An attempt is an entry on its way to Redis. One message may need several.
+type attempt struct {
+	entry
+	done chan error // gets the outcome of EXEC; buffered: send does not wait for who posts
+}
+
+var (
+	errNotJoined = errors.New("not joined yet")
+	errSilent    = errors.New("what is published does not come back")
+	errForgot    = errors.New("the history or the key was forgotten or written anew")
+)
+
+func newBroker(cfg *config, l *Log, logf func(string, ...any), gotKey func(string)) *broker {
+	return &broker{url: cfg.redis.String(), channel: cfg.channel, log: l, logf: logf,
+		cookieKey: cfg.key, ownCookieKey: cfg.key != "", gotKey: gotKey,
+		outgoing: make(chan *attempt), asking: make(chan struct{}, 1), why: errNotJoined}
+}
+
+// run keeps the room joined until ctx ends. It logs changes of state, not attempts.
+//
+// While Redis is away posts get 503, readers stay connected and hear pings, and nothing is
+// appended. To join again is to agree on the key, subscribe, agree on the list, and see that what
+// is published comes back.
+func (b *broker) run(ctx context.Context) {
+	for {
+		err := guarded(func() error { return b.stay(ctx) })
+		if ctx.Err() != nil {
+			return
+		}
+		b.setAway(err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(rejoinPause/2 + mathrand.N(rejoinPause)):
+		}
+	}
+}
+
+// guarded runs f. A panic, such as redigo's when an answer has an impossible length, is an error
+// like others.
+func guarded(f func() error) (err error) {
+	defer func() {
+		if what := recover(); what != nil {
+			err = fmt.Errorf("reading what Redis answers: %v", what)
+		}
+	}()
+	return f()
+}
+
+// numbers returns 1 while the room is joined, how often it was, and how many lists it wrote back.
+func (b *broker) numbers() (joined, joins, wrote uint64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.why == nil {
+		joined = 1
+	}
+	return joined, b.joins, b.wrote
+}
+
+// away returns why the room is away, nil while it is not.
+func (b *broker) away() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.why
+}
+
+// publish puts the entry into the room and returns the id that its key has when it has come back,
+// or why that is not sure.
+func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
+	key := keyOf(e.id)
+	if id := b.log.idOf(key); id != "" {
+		return id, nil
+	}
+	if why := b.away(); why != nil {
+		return "", why
+	}
+	p := &attempt{e, make(chan error, 1)}
+	select {
+	case b.outgoing <- p:
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+	select { // not the log yet, which would wake every post that waits at each one that comes
+	case err = <-p.done:
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	for err == nil {
+		next := b.log.next()
+		if id := b.log.idOf(key); id != "" {
+			return id, nil
+		}
+		select {
+		case <-next:
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	return "", err
+}
+
 // stay joins the room and stays until something breaks, and returns what did.
 func (b *broker) stay(ctx context.Context) error {
 	var following sync.WaitGroup
@@ -2652,7 +2618,7 @@ func (b *broker) stay(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	sub, err := b.dial(ctx, syncEvery+2*redisTimeout) // a word of ours must come so often
+	sub, err := b.dial(ctx, syncEvery+2*redisTimeout) // a probe of ours must come so often
 	if err != nil {
 		return err
 	}
@@ -2729,13 +2695,13 @@ func (b *broker) agree(
 // shareKey agrees on the key of the cookies. A key begins with the time at which it was drawn: of
 // two the older is the room's.
 func (b *broker) shareKey(c redis.Conn) error {
-	if b.ownKey {
+	if b.ownCookieKey {
 		return nil
 	}
 	older := func(one, other string) bool { return one < other }
-	key, err := b.agree(c, b.channel+":key", cmp.Or(b.key, drawKey(time.Now())), older)
-	if err == nil && key != b.key {
-		b.key = key
+	key, err := b.agree(c, b.channel+":key", cmp.Or(b.cookieKey, drawKey(time.Now())), older)
+	if err == nil && key != b.cookieKey {
+		b.cookieKey = key
 		b.gotKey(key)
 	}
 	return err
@@ -2805,12 +2771,12 @@ func fromRedis(raw string) string {
 	return line
 }
 
-// takeList makes the list the log. The seam between list and subscription is a word, published in
+// takeList makes the list the log. The seam between list and subscription is a probe, published in
 // the same transaction in which the list is read: what the subscription brings before it is in the
 // list or older. The list is read on the other connection, because Redis ends a subscriber to whom
 // it owes over 32 MB, or over 8 MB for a minute, and a list can be 64 MB.
 //
-// A word serves once: one of an earlier try would be taken for the seam, and what came between the
+// A probe serves once: one of an earlier try would be taken for the seam, and what came between the
 // two put behind what is newer.
 func (b *broker) takeList(c redis.Conn) (*feed, error) {
 	for range restoreTries {
@@ -2818,7 +2784,7 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 		b.depart()
 		c.Send("MULTI")
 		c.Send("LRANGE", b.channel+":history", 0, -1)
-		c.Send("PUBLISH", b.channel+":probe", f.word)
+		c.Send("PUBLISH", b.channel+":probe", f.probe)
 		c.Send("GET", b.channel+":key") // a cluster says so at once if it is in another slot
 		replies, err := commit(c)
 		if err != nil {
@@ -2830,7 +2796,7 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 		}
 		log, lacking := f.merge(list)
 		if lacking == nil {
-			f.begin(log, f.word, items, len(list) >= f.log.size)
+			f.begin(log, f.probe, items, len(list) >= f.log.size)
 			return f, nil
 		}
 		if err = b.writeList(c, f); err != redis.ErrNil {
@@ -2863,9 +2829,9 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 	for _, e := range items {
 		c.Send("RPUSH", name, e.id+" "+toRedis(e.line))
 	}
-	c.Send("PUBLISH", b.channel+":probe", rewritten+f.word)
+	c.Send("PUBLISH", b.channel+":probe", rewritten+f.probe)
 	if _, err = commit(c); err == nil {
-		f.begin(log, rewritten+f.word, len(items), false)
+		f.begin(log, rewritten+f.probe, len(items), false)
 		b.mu.Lock()
 		b.wrote++
 		b.mu.Unlock()
@@ -2874,7 +2840,7 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 	return err
 }
 
-// rewritten, on the probe channel before the word of the process that did it, says that the list or
+// rewritten, on the probe channel before a probe of the process that did it, says that the list or
 // the key was written back.
 const rewritten = "rewritten "
 
@@ -2883,9 +2849,9 @@ const rewritten = "rewritten "
 type feed struct {
 	log     *Log
 	channel string
-	word    string        // what this process publishes to hear it come back
+	probe   string        // a random word that this process publishes to hear it come back
 	seam    string        // what comes before it is in the list or older; "" when it has come
-	echo    chan struct{} // gets something when the word has come back
+	echo    chan struct{} // gets something when the probe has come back
 	length  atomic.Int64  // items that the list has at least, while Redis forgets nothing
 	renew   time.Time     // when Redis is to be told again how long to keep the room
 
@@ -2901,7 +2867,7 @@ type feed struct {
 func listSize(history int) int { return history + history/8 }
 
 func newFeed(l *Log, channel string) *feed {
-	return &feed{log: l, channel: channel, word: rand.Text(), echo: make(chan struct{}, 1)}
+	return &feed{log: l, channel: channel, probe: rand.Text(), echo: make(chan struct{}, 1)}
 }
 
 // merge returns what the log is with this list and, if Redis had forgotten something of it, what the
@@ -2921,7 +2887,7 @@ func (f *feed) merge(list []entry) (log, items []entry) {
 }
 
 // begin makes these entries the log, and lets the subscription continue it behind the seam.
-func (f *feed) begin(log []entry, seam string, items int, cut bool) {
+func (f *feed) begin(log []entry, seam string, items int, older bool) {
 	f.seam, f.base, f.number = seam, "0", 0
 	f.length.Store(int64(items))
 	for _, e := range log {
@@ -2929,7 +2895,7 @@ func (f *feed) begin(log []entry, seam string, items int, cut bool) {
 			f.base = e.id
 		}
 	}
-	f.log.rebuild(log, cut)
+	f.log.rebuild(log, older)
 }
 
 // least returns how many items the list must have when a command that is sent now is run.
@@ -2954,7 +2920,7 @@ func follow(sub redis.Conn, f *feed) error {
 // the list anew.
 func (f *feed) hear(channel, text string) error {
 	switch {
-	case channel == f.channel+":probe" && text == cmp.Or(f.seam, f.word):
+	case channel == f.channel+":probe" && text == cmp.Or(f.seam, f.probe):
 		f.seam = ""
 		select {
 		case f.echo <- struct{}{}:
@@ -3011,11 +2977,11 @@ func (f *feed) foreignID(raw string) string {
 	}
 }
 
-// tend publishes posts and sends the word on its round trips, until something breaks: every
+// tend publishes posts and sends the probe on its round trips, until something breaks: every
 // syncEvery, and when somebody asks for an id that is not known. Only one is under way at a time.
 // The first one, which went out with the list, makes the room joined.
 func (b *broker) tend(pub redis.Conn, f *feed, broken <-chan error) error {
-	timer := time.NewTimer(joinTimeout) // while the word is under way until it must be back, else
+	timer := time.NewTimer(joinTimeout) // while the probe is under way until it must be back, else
 	defer timer.Stop()                  // until it goes out
 	underWay := true
 	for {
@@ -3053,7 +3019,7 @@ func (b *broker) tend(pub redis.Conn, f *feed, broken <-chan error) error {
 	}
 }
 
-// sync sends the word on a round trip. That it comes back shows that the subscription lives, and
+// sync sends the probe on a round trip. That it comes back shows that the subscription lives, and
 // that all is here that was published before; that it can be sent, that Redis takes writes. The
 // list's length and the key show that Redis forgot. Sent also in a busy room: what looks idle on
 // one connection, a proxy may end. What nobody uses any more expires in Redis; now and then it is
@@ -3065,7 +3031,7 @@ func (b *broker) sync(c redis.Conn, f *feed) error {
 	c.Send("LTRIM", b.channel+":history", -listSize(f.log.size), -1)
 	c.Send("LLEN", b.channel+":history")
 	c.Send("GET", b.channel+":key")
-	c.Send("PUBLISH", b.channel+":probe", f.word)
+	c.Send("PUBLISH", b.channel+":probe", f.probe)
 	now := time.Now()
 	if now.After(f.renew) {
 		c.Send("EXPIRE", b.channel+":key", int(keptFor.Seconds()))
@@ -3080,15 +3046,49 @@ func (b *broker) sync(c redis.Conn, f *feed) error {
 	}
 	length, _ := replies[1].(int64)
 	key, _ := replies[2].([]byte)
-	if length < least || !b.ownKey && string(key) != b.key {
+	if length < least || !b.ownCookieKey && string(key) != b.cookieKey {
 		return errForgot
 	}
 	return nil
 }
 
+// ask returns what is closed when a round trip through Redis that begins after now is over. Who ask
+// together share one.
+func (b *broker) ask() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.asked == nil {
+		b.asked = make(chan struct{})
+		select {
+		case b.asking <- struct{}{}:
+		default:
+		}
+	}
+	return b.asked
+}
+
+// depart says that a round trip begins. If the stay ends before it is over, the next one counts.
+func (b *broker) depart() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.asked != nil {
+		b.begun, b.asked = append(b.begun, b.asked), nil
+	}
+}
+
+// arrive says that it is over: all that anybody can have heard of before it began is here.
+func (b *broker) arrive() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, trip := range b.begun {
+		close(trip)
+	}
+	b.begun = nil
+}
+
 // batch returns the post and others that already wait.
-func (b *broker) batch(p *post) []*post {
-	batch := []*post{p}
+func (b *broker) batch(p *attempt) []*attempt {
+	batch := []*attempt{p}
 	for len(batch) < batchSize {
 		select {
 		case p = <-b.outgoing:
@@ -3102,7 +3102,7 @@ func (b *broker) batch(p *post) []*post {
 
 // send publishes a batch in one round trip, each post a transaction of its own, and tells each how
 // that went. On an error the stay is over, and for the whole batch it is not sure what came of it.
-func (b *broker) send(c redis.Conn, f *feed, batch []*post) error {
+func (b *broker) send(c redis.Conn, f *feed, batch []*attempt) error {
 	least := f.least()
 	list := b.channel + ":history"
 	for _, p := range batch {

@@ -3476,10 +3476,10 @@ func TestSecondPostOfAKey(t *testing.T) {
 // Of the posts that wait, batchSize share a round trip, in the order in which they came.
 func TestBatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := &broker{outgoing: make(chan *post)}
+		b := &broker{outgoing: make(chan *attempt)}
 		all := numbered(0, 2*batchSize+batchSize/2)
 		for _, m := range all {
-			go func() { b.outgoing <- &post{entry: m} }()
+			go func() { b.outgoing <- &attempt{entry: m} }()
 			synctest.Wait() // it stands in the queue
 		}
 		var got []entry
@@ -5695,10 +5695,10 @@ func (p *modelProcess) readList() {
 	p.f = newFeed(p.room.log, "chat")
 	p.room.broker.depart()
 	list, raw := p.parsed(), len(p.list)
-	p.publish("chat:probe", p.f.word)
+	p.publish("chat:probe", p.f.probe)
 	log, lost := p.f.merge(list)
 	if lost == nil {
-		p.f.begin(log, p.f.word, raw, len(list) >= p.size)
+		p.f.begin(log, p.f.probe, raw, len(list) >= p.size)
 		p.follows, p.underWay = true, true
 		return
 	}
@@ -5721,12 +5721,12 @@ func (p *modelProcess) writeList(faults bool) {
 	p.version++
 	p.writes++
 	p.model.items++ // the gap
-	p.publish("chat:probe", rewritten+p.f.word)
+	p.publish("chat:probe", rewritten+p.f.probe)
 	if faults && p.IntN(10) == 0 { // the answer is lost
 		p.cut()
 		return
 	}
-	p.f.begin(p.log, rewritten+p.f.word, len(p.items), false)
+	p.f.begin(p.log, rewritten+p.f.probe, len(p.items), false)
 	p.follows, p.underWay, p.items = true, true, nil
 }
 
@@ -5747,7 +5747,7 @@ func (p *modelProcess) follow() {
 		b.depart()
 		p.trim()
 		length := int64(len(p.list))
-		p.publish("chat:probe", p.f.word)
+		p.publish("chat:probe", p.f.probe)
 		p.underWay = true
 		if length < least {
 			p.cut()
@@ -5904,7 +5904,7 @@ func (r *modelReader) poll() {
 	ahead := r.cur
 	n := r.to.next(&ahead)
 	if n.unknown {
-		r.cur.trip = ahead.trip
+		r.cur.settled = ahead.settled
 		return
 	}
 	conn := &modelConn{}
