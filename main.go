@@ -1244,6 +1244,7 @@ type server struct {
 	streams  chan struct{} // holds one for each stream, as many as may be
 	full     limiter       // of telling the log that they are too many
 
+	pieces sync.Pool       // of [pieceSize]byte, in which WebSockets make frames
 	cut    context.Context // when it ends, so does the connection of every stream
 	cutOff func()
 }
@@ -1261,6 +1262,7 @@ func fileLimit() int {
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf}
+	s.pieces.New = func() any { return new([pieceSize]byte) }
 	s.cut, s.cutOff = context.WithCancel(context.Background())
 	s.tally = tally{logf: logf, answers: map[string]uint64{"204": 0},
 		refused: map[string]uint64{"logins": 0, "passwords": 0, "posts": 0}}
@@ -2160,6 +2162,7 @@ type webSocket struct {
 	net.Conn
 	in      io.Reader                 // what came with the handshake, then the connection
 	head    []byte                    // of the answer, until it is written with the first event
+	pieces  *sync.Pool                // the server's
 	post    func(event string) []byte // returns the reply
 	gone    chan time.Time            // closed when nothing more comes from the peer
 	awaited atomic.Bool               // there was a ping, and nothing came since
@@ -2228,7 +2231,7 @@ func (s *server) upgrade(w http.ResponseWriter, r *http.Request, key string) {
 		}
 		return reply(s.accept(s.cut, sess, from, key, text))
 	}
-	st.poll, st.conn = false, &webSocket{post: post, gone: make(chan time.Time)}
+	st.poll, st.conn = false, &webSocket{pieces: &s.pieces, post: post, gone: make(chan time.Time)}
 	accept := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
 	s.takeOver(w, st, "101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
 		"Sec-WebSocket-Accept: "+base64.StdEncoding.EncodeToString(accept[:]))
@@ -2266,7 +2269,9 @@ func reply(status int, said string, wait time.Duration) []byte {
 // Write writes events. With the ping of a silence goes one that the peer's library answers. Nothing
 // is heard before the first event is out, so no reply comes before retry:.
 func (ws *webSocket) Write(b []byte) (int, error) {
-	frames, op := slices.Grow(ws.head, min(len(b)+len(b)/16, pieceSize)+16), byte(opText)
+	piece := ws.pieces.Get().(*[pieceSize]byte)
+	defer ws.pieces.Put(piece)
+	frames, op := append(piece[:0], ws.head...), byte(opText)
 	for event := range bytes.SplitAfterSeq(b, []byte("\n\n")) {
 		if len(frames) > 0 && len(frames)+len(event) > pieceSize {
 			ws.put(frames, opText)
