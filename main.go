@@ -145,7 +145,7 @@ import (
 const (
 	ringSize   = 4096     // entries of the log, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
-	pieceSize  = 4 << 10  // bytes of WebSocket frames, which each reader has for itself
+	pieceSize  = 4 << 10  // bytes of WebSocket frames, made for each reader
 	maxName    = 24       // code points of a name
 	maxMarks   = 3        // marks in a row in a name, on one letter
 	maxMessage = 4000     // code points of a message
@@ -688,8 +688,8 @@ func (l *Log) append(e entry) (id string, added bool) {
 	return e.id, true
 }
 
-// rebuild makes these, of which no two have the same key, the entries of the log. If older there
-// were older ones once, so that who has read nothing yet has missed something.
+// rebuild makes these, of which no two have the same key, the entries of the log. With older
+// there were others before them, so that who has read nothing yet has missed something.
 func (l *Log) rebuild(entries []entry, older bool) {
 	r := newRing(l.size)
 	if older {
@@ -2618,7 +2618,7 @@ func (b *broker) stay(ctx context.Context) error {
 	var following sync.WaitGroup
 	defer following.Wait() // the next stay must be the only one to append
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // before that it closes both connections
+	defer cancel() // runs first: closes both connections, which ends follow
 	pub, err := b.dial(ctx, redisTimeout)
 	if err != nil {
 		return err
@@ -2728,26 +2728,31 @@ func (b *broker) subscribe(c redis.Conn) error {
 }
 
 // commit runs a transaction that was sent but for its EXEC, and returns the replies inside of it.
-// The error is redis.ErrNil when a WATCH made EXEC do nothing.
 func commit(c redis.Conn) ([]any, error) {
-	replies, err := redis.Values(c.Do("EXEC")) // the error of what was sent before, if one had any
-	return replies, cmp.Or(err, errorIn(replies))
+	c.Send("EXEC")
+	replies, err := redis.Values(c.Do("")) // to all that was sent
+	if err != nil {
+		return nil, err
+	}
+	return results(replies)
 }
 
-// errorIn is the first error among replies, also inside of an EXEC: Redis runs the other commands all
-// the same.
-func errorIn(replies []any) error {
-	for _, reply := range replies {
-		switch reply := reply.(type) {
-		case redis.Error:
-			return reply
-		case []any:
-			if err := errorIn(reply); err != nil {
-				return err
-			}
+// results takes the replies to MULTI, the commands and EXEC, and returns those inside of the EXEC.
+// An error among any counts as the whole's: Redis runs the other commands all the same, and that of
+// a command says more than that EXEC discarded it. It is redis.ErrNil when a WATCH made EXEC do
+// nothing.
+func results(replies []any) ([]any, error) {
+	want := len(replies) - 2
+	inside, err := redis.Values(replies[want+1], nil)
+	for _, r := range slices.Concat(replies, inside) {
+		if e, bad := r.(redis.Error); bad {
+			return nil, e
 		}
 	}
-	return nil
+	if err == nil && len(inside) != want {
+		err = fmt.Errorf("a transaction of %d commands has %d answers", want, len(inside))
+	}
+	return inside, err
 }
 
 // parseList reads the list's items, and counts all of them. What is not "<id> <line>" is not ours
@@ -2757,7 +2762,7 @@ func parseList(reply any, err error) (list []entry, items int, _ error) {
 	for _, item := range raw {
 		id, text, _ := strings.Cut(string(item), " ")
 		if line := fromRedis(text); announcedID(id) && !blank(line) {
-			list = append(list, entry{strings.Clone(id), line}) // else it keeps the whole item
+			list = append(list, entry{strings.Clone(id), strings.Clone(line)}) // not the item
 		}
 	}
 	return list, len(raw), err
@@ -3091,7 +3096,7 @@ func (b *broker) arrive() {
 	b.begun = nil
 }
 
-// batch returns the post and others that already wait.
+// batch returns the attempt and others that already wait.
 func (b *broker) batch(p *attempt) []*attempt {
 	batch := []*attempt{p}
 	for len(batch) < batchSize {
@@ -3105,9 +3110,14 @@ func (b *broker) batch(p *attempt) []*attempt {
 	return batch
 }
 
-// send publishes a batch in one round trip, each post a transaction of its own, and tells each how
-// that went. On an error the stay is over, and for the whole batch it is not sure what came of it.
-func (b *broker) send(c redis.Conn, f *feed, batch []*attempt) error {
+// send publishes a batch in one round trip, each post a transaction of its own, and tells each
+// how it went. On an error the stay is over.
+func (b *broker) send(c redis.Conn, f *feed, batch []*attempt) (err error) {
+	defer func() {
+		for _, p := range batch {
+			p.done <- err
+		}
+	}()
 	least := f.least()
 	list := b.channel + ":history"
 	for _, p := range batch {
@@ -3120,21 +3130,23 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*attempt) error {
 		c.Send("EXEC")
 	}
 	replies, err := redis.Values(c.Do(""))
-	err = cmp.Or(err, errorIn(replies))
-	for _, p := range batch {
-		p.done <- err
-	}
 	if err != nil {
 		return err
 	}
+	forgot := false
 	for one := range slices.Chunk(replies, 6) {
-		inside, err := redis.Values(one[5], nil)
+		inside, err := results(one)
 		if err != nil {
 			return err
 		}
 		if length, _ := inside[0].(int64); length <= least {
-			return errForgot
+			forgot = true
 		}
+		batch[0].done <- nil
+		batch = batch[1:]
+	}
+	if forgot {
+		return errForgot
 	}
 	return nil
 }

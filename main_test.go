@@ -3528,7 +3528,8 @@ func TestRedisThatStopsReading(t *testing.T) {
 		"writing to a Redis that does not read: %v after %v, want the deadline", err, took)
 }
 
-// Why a transaction was refused is told, not that EXEC discarded it.
+// Why a transaction was refused is told, not that EXEC discarded it; an EXEC without replies is
+// no success.
 func TestRefusedTransaction(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
@@ -3543,6 +3544,8 @@ func TestRefusedTransaction(t *testing.T) {
 	}
 	_, err = commit(c)
 	expect(t, err != nil && strings.HasPrefix(err.Error(), "OOM"), "a transaction without memory: %v, want OOM", err)
+	_, err = results([]any{"OK", "QUEUED", []any{}})
+	expect(t, err != nil, "an EXEC without replies is taken for a success")
 }
 
 // Of two cookie keys, one of which was drawn while Redis had forgotten the other, the older one
