@@ -2439,7 +2439,7 @@ func TestMessages(t *testing.T) {
 	text := func(s string) string { return form("message", s) }
 	long := strings.Repeat
 	const formType = "application/x-www-form-urlencoded"
-	for kind, status := range map[string]int{formType: 204, strings.ToUpper(formType): 204, formType + "; charset=UTF-8": 204,
+	for kind, status := range map[string]int{formType: 204, strings.ToUpper(formType): 204, formType + "; charset=UTF-8": 204, formType + "; charset": 204,
 		"": 415, "text/plain": 415, "application/json": 415, "multipart/form-data; boundary=x": 415, formType + "x": 415, "///": 415} {
 		try(status, "message=a", "a", "Content-Type: "+kind)
 	}
@@ -2686,7 +2686,7 @@ func TestOrigins(t *testing.T) {
 					want = 403
 				}
 				got := w.c.do("POST", request.path, request.body, headers...)
-				expect(t, got.status == want && strings.Contains(got.body, "-origin") == (want == 403),
+				expect(t, got.status == want && strings.Contains(got.body, "with -origin") == (want == 403),
 					"POST %s with %q: got %d %q, want %d, and if it is refused a hint at -origin", request.path, headers, got.status, got.body, want)
 			}
 			if ours {
@@ -3548,6 +3548,127 @@ func TestRefusedTransaction(t *testing.T) {
 	expect(t, err != nil, "an EXEC without replies is taken for a success")
 }
 
+// Each post of a batch has its own outcome, and an EXEC that a look-alike of Redis answers with less than
+// it should is no success.
+func TestOutcomesOfABatch(t *testing.T) {
+	t.Parallel()
+	const queued, good = "+OK\r\n+QUEUED\r\n+QUEUED\r\n+QUEUED\r\n+QUEUED\r\n", "*4\r\n:2\r\n:2\r\n:1\r\n:1\r\n"
+	for name, test := range map[string]struct {
+		second  string // the answer to the second EXEC of three
+		refused bool
+		told    string // first words of what the posts are told, and of what send returns
+	}{
+		"all go well":                     {good, false, "nil nil nil nil"},
+		"an error inside of EXEC":         {"*4\r\n-OOM no\r\n:2\r\n:1\r\n:1\r\n", false, "nil OOM OOM OOM"},
+		"a command is refused":            {"-EXECABORT no\r\n", true, "nil ERR ERR ERR"},
+		"EXEC did nothing":                {"*-1\r\n", false, "nil redigo: redigo: redigo:"},
+		"EXEC without replies":            {"*0\r\n", false, "nil a a a"},
+		"EXEC with half of its replies":   {"*2\r\n:2\r\n:2\r\n", false, "nil a a a"},
+		"the list is shorter than it was": {"*4\r\n:1\r\n:2\r\n:1\r\n:1\r\n", false, "nil nil nil the"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			near, far := net.Pipe()
+			defer far.Close()
+			go io.Copy(io.Discard, far)
+			second := queued
+			if test.refused {
+				second = strings.Replace(queued, "+QUEUED", "-ERR no", 1)
+			}
+			go io.WriteString(far, queued+good+second+test.second+queued+good)
+			f := newFeed(newTestLog(t, 200), "chat")
+			f.length.Store(1)
+			var batch []*attempt
+			for _, m := range numbered(0, 3) {
+				batch = append(batch, &attempt{m, make(chan error, 1)})
+			}
+			outcomes := []error{(&broker{channel: "chat"}).send(redis.NewConn(near, patience, patience), f, batch)}
+			for i := range batch {
+				outcomes = slices.Insert(outcomes, i, <-batch[i].done)
+			}
+			var told []string
+			for _, err := range outcomes {
+				words := "nil"
+				if err != nil {
+					words, _, _ = strings.Cut(err.Error(), " ")
+				}
+				told = append(told, words)
+			}
+			same(t, strings.Join(told, " "), test.told, "the posts were told, and send returned")
+		})
+	}
+}
+
+// A spoiler has the first WATCH come to nothing, and notes what is published.
+type spoiler struct {
+	redis.Conn
+	spoil     func() // once
+	published []any
+}
+
+func (c *spoiler) Do(command string, args ...any) (any, error) {
+	answer, err := c.Conn.Do(command, args...)
+	if command == "WATCH" && c.spoil != nil {
+		c.spoil()
+		c.spoil = nil
+	}
+	return answer, err
+}
+
+func (c *spoiler) Send(command string, args ...any) error {
+	if command == "PUBLISH" {
+		c.published = append(c.published, args[1])
+	}
+	return c.Conn.Send(command, args...)
+}
+
+// A probe is the seam of one try to write the list back: the next one has another.
+func TestProbeServesOnce(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	c, err := redis.Dial("tcp", r.addr)
+	must(t, err)
+	defer c.Close()
+	spoiled := &spoiler{Conn: c, spoil: func() { r.do("RPUSH", "chat:history", testID(9)+" meanwhile") }}
+	b := newBroker(&config{redis: &url.URL{Host: r.addr}, channel: "chat"}, newTestLog(t, 200, numbered(0, 3)), t.Logf, func(string) {})
+	f, err := b.takeList(spoiled)
+	must(t, err)
+	said := spoiled.published
+	require(t, len(said) == 4, "it published %q, want a probe and rewritten, twice", said)
+	same(t, said[3], any(f.seam), "the seam is")
+	expect(t, said[0] != said[2] && said[1] == any(rewritten+said[0].(string)) && said[3] == any(rewritten+said[2].(string)),
+		"it published %q, want another probe for the second try", said)
+}
+
+// Who follows the subscription has ended when a stay has: the next one must be alone to append.
+func TestOneFollows(t *testing.T) { // alone: it looks at all goroutines
+	r := startRedis(t)
+	l := newTestLog(t, 200)
+	b := newBroker(&config{redis: &url.URL{Scheme: "redis", Host: r.addr}, channel: "chat"}, l, t.Logf, func(string) {})
+	stayed := make(chan error, 1)
+	ctx, leave := context.WithCancel(t.Context())
+	go func() { stayed <- b.stay(ctx) }()
+	eventually(t, "the room to be joined", func() bool { return b.away() == nil })
+	stands := func(in, at string) func() bool {
+		return func() bool {
+			stacks := make([]byte, 4<<20)
+			stacks = stacks[:runtime.Stack(stacks, true)]
+			return slices.ContainsFunc(bytes.Split(stacks, []byte("\n\n")), func(stack []byte) bool {
+				return bytes.Contains(stack, []byte(in)) && bytes.Contains(stack, []byte(at))
+			})
+		}
+	}
+	l.mu.Lock()
+	unlock := sync.OnceFunc(l.mu.Unlock)
+	defer unlock()
+	r.do("PUBLISH", "chat", "a line that cannot be appended yet")
+	eventually(t, "the line to come", stands(".follow(", "sync.(*Mutex).Lock"))
+	leave()
+	b.outgoing <- &attempt{numbered(0, 1)[0], make(chan error, 1)} // which tells tend
+	eventually(t, "the stay to wait", stands("(*broker).stay(", "sync.(*WaitGroup).Wait"))
+	unlock()
+	expect(t, <-stayed != nil, "a stay that was left ended without an error")
+}
+
 // Of two cookie keys, one of which was drawn while Redis had forgotten the other, the older one
 // ends up everywhere. The key alone may be forgotten too, such as by a Redis that has to make room.
 func TestKeyOfTheRoom(t *testing.T) {
@@ -3744,6 +3865,15 @@ func TestImpossibleAnswer(t *testing.T) {
 	p := startRoom(t, "-redis", l.Addr().String())
 	eventually(t, "it to say so", func() bool { return strings.Contains(p.log.String(), "redis is away") })
 	same(t, newClient(t, p.url).get("/login").status, 200, "the room answers")
+
+	r := startRedis(t)
+	line := newRelay(t, r.addr)
+	p = startRoom(t, "-redis", line.addr).joined()
+	text := strings.Repeat("x", 40)
+	line.forge("$40\r\n"+text, "$99999999999999999999\r\n")
+	r.do("PUBLISH", "chat", text)
+	eventually(t, "it to be joined again", func() bool { return slices.Equal(p.changes(), []string{"joined", "away", "joined"}) })
+	expect(t, strings.Contains(p.log.String(), "reading what Redis answers"), "it says %s", p.log.String())
 }
 
 // TestInWords: what the log says of why Redis is away. No answer of a server stands there unquoted.
@@ -4613,18 +4743,20 @@ type relay struct {
 	t            testing.TB
 	addr, target string
 
-	mu    sync.Mutex
-	conns map[net.Conn]bool
-	off   bool          // it takes no connections
-	late  bool          // it passes on an answer only when that has ended
-	held  chan struct{} // when not nil, nothing passes until this is closed,
-	half  bool          // or no answer
-	stop  []byte        // when not nil, a request that holds this makes it hold
-	word  []byte        // when not nil, a request that holds this makes it deaf
-	deaf  bool          // the next bytes of the server end all connections instead
-	came  int           // connections that clients have made
-	rate  int           // bytes of answers a second, over all connections; 0: as they come
-	free  time.Time     // when what has passed at this rate is through
+	mu     sync.Mutex
+	conns  map[net.Conn]bool
+	off    bool          // it takes no connections
+	late   bool          // it passes on an answer only when that has ended
+	held   chan struct{} // when not nil, nothing passes until this is closed,
+	half   bool          // or no answer
+	stop   []byte        // when not nil, a request that holds this makes it hold
+	word   []byte        // when not nil, a request that holds this makes it deaf
+	real   []byte        // when not nil, this in an answer
+	forged []byte        // begins like this instead
+	deaf   bool          // the next bytes of the server end all connections instead
+	came   int           // connections that clients have made
+	rate   int           // bytes of answers a second, over all connections; 0: as they come
+	free   time.Time     // when what has passed at this rate is through
 }
 
 // wantsList is in what a process sends that asks for the list: LRANGE chat:history 0 -1.
@@ -4703,6 +4835,11 @@ func (r *relay) holdBack() { r.do(func() { r.late = true }) }
 
 // slow lets answers pass at so many bytes a second.
 func (r *relay) slow(rate int) { r.do(func() { r.rate = rate }) }
+
+// forge has an answer that holds some bytes begin there with others, which are no more.
+func (r *relay) forge(real, forged string) {
+	r.do(func() { r.real, r.forged = []byte(real), []byte(forged) })
+}
 
 // breakAfter ends all connections once, when word has gone to the server and its answer comes.
 func (r *relay) breakAfter(word string) { r.do(func() { r.word = []byte(word) }) }
@@ -4785,6 +4922,9 @@ func (r *relay) lets(chunk []byte, answer bool) (passes, late bool) {
 			if r.word != nil && bytes.Contains(chunk, r.word) {
 				r.word, r.deaf = nil, true
 			}
+		}
+		if at := bytes.Index(chunk, r.real); answer && r.real != nil && at >= 0 {
+			copy(chunk[at:], r.forged)
 		}
 		if answer || !r.half {
 			held = r.held
@@ -5699,8 +5839,8 @@ func (p *modelProcess) readList() {
 	p.room.broker.depart()
 	list, raw := p.parsed(), len(p.list)
 	p.publish("chat:probe", p.f.probe)
-	log, lost := p.f.merge(list)
-	if lost == nil {
+	log, anew := p.f.merge(list)
+	if anew == nil {
 		p.f.begin(log, p.f.probe, raw, len(list) >= p.size)
 		p.follows, p.underWay = true, true
 		return
@@ -11474,7 +11614,7 @@ func TestDocumentsAgree(t *testing.T) {
 		{"README.md", readme, fmt.Sprintf("more than %d messages behind the first", listSize(ringSize)-ringSize)},
 		{"README.md", readme, fmt.Sprintf("Every %d s each process sends a random word", syncEvery/time.Second)},
 		{"running.md", running, fmt.Sprintf("the newest %d entries, of which %d are the history", listSize(ringSize), ringSize)},
-		{"running.md", running, fmt.Sprintf("a word of each process every %d s", syncEvery/time.Second)},
+		{"running.md", running, fmt.Sprintf("a random word of each process every %d s", syncEvery/time.Second)},
 		{"running.md", running, fmt.Sprintf("drops both %d days after the last process", int(keptFor.Hours())/24)},
 		{"running.md", running, fmt.Sprintf("come back within %s seconds", words[retryHigh/1000])},
 		{"README.md", readme, fmt.Sprintf("A `ping` every %d s", heartbeat/time.Second)},
