@@ -72,9 +72,9 @@ follows does not join what you had; messages may be missing, and the recent ones
 
 	channel chat         the line and nothing else: [12:34:56] 小明: 你好
 	channel chat:id      the id of the line that comes next on chat
-	channel chat:probe   every 5 s a random word of each process: the probe, which shows that what is
-	                     published here comes back. "rewritten " before it says that the list or
-	                     the key was written back, and the other processes join again
+	channel chat:probe   every 5 s a random word of each process, the probe: it shows that what
+	                     is published here comes back. "rewritten " before it says that the list
+	                     or the key was written back, and the other processes join again
 	list    chat:history id, space, line; newest last. 4608 are kept, and the newest 4096 are the
 	                     history. The line !gap says that messages may be missing before it
 	string  chat:key     the key of the cookies: the time it was drawn in 16 hex digits, a dash, a
@@ -145,7 +145,7 @@ import (
 const (
 	ringSize   = 4096     // entries of the log, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
-	pieceSize  = 4 << 10  // bytes of WebSocket frames, made for each reader
+	pieceSize  = 4 << 10  // bytes of WebSocket frames that are made and written at once
 	maxName    = 24       // code points of a name
 	maxMarks   = 3        // marks in a row in a name, on one letter
 	maxMessage = 4000     // code points of a message
@@ -688,8 +688,8 @@ func (l *Log) append(e entry) (id string, added bool) {
 	return e.id, true
 }
 
-// rebuild makes these, of which no two have the same key, the entries of the log. With older
-// there were others before them, so that who has read nothing yet has missed something.
+// rebuild makes these, of which no two have the same key, the entries of the log. If older is
+// set there were others before them, so that who has read nothing yet has missed something.
 func (l *Log) rebuild(entries []entry, older bool) {
 	r := newRing(l.size)
 	if older {
@@ -1376,13 +1376,13 @@ func (s *server) shutdown(srv *http.Server) {
 // routes says who answers what. The patterns give 404, and 405 with Allow, by themselves.
 func (s *server) routes() *http.ServeMux {
 	s.cfg.origins.SetDenyHandler(http.HandlerFunc(otherSite))
-	own := func(h http.HandlerFunc) http.Handler { return s.cfg.origins.Handler(h) }
+	ownSite := func(h http.HandlerFunc) http.Handler { return s.cfg.origins.Handler(h) }
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", s.chat)
 	mux.HandleFunc("GET /login", s.loginForm)
-	mux.Handle("POST /login", own(s.login))
-	mux.Handle("POST /logout", own(s.logout))
-	mux.Handle("POST /post", own(s.post))
+	mux.Handle("POST /login", ownSite(s.login))
+	mux.Handle("POST /logout", ownSite(s.logout))
+	mux.Handle("POST /post", ownSite(s.post))
 	mux.HandleFunc("GET /stream", s.stream)
 	mux.HandleFunc("GET /ws", s.handshake)
 	mux.HandleFunc("GET /lesson", s.lesson)
@@ -2804,8 +2804,8 @@ func (b *broker) takeList(c redis.Conn) (*feed, error) {
 		if err != nil {
 			return nil, err
 		}
-		log, lacking := f.merge(list)
-		if lacking == nil {
+		log, anew := f.merge(list)
+		if anew == nil {
 			f.begin(log, f.probe, items, len(list) >= f.log.size)
 			return f, nil
 		}
