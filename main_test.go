@@ -20,8 +20,8 @@ The tests, in the order of this file, and what of README.md's promises each part
 
 A check says what must be so: same compares, expect goes on where it fails, require does not.
 
-Most tests run beside each other. What moves tens of megabytes, or has a browser answer in time, runs
-alone: it would measure the others.
+Most tests run beside each other, those in a browser too. What measures, or moves tens of megabytes,
+runs alone.
 
 go test -short is the quick look. It leaves out what takes long by its nature.
 */
@@ -7401,7 +7401,7 @@ func js[T any](b *browser, script string, args ...any) T {
 // wait waits until the JS expression is true.
 func (b *browser) wait(what, expression string, args ...any) {
 	b.t.Helper()
-	b.waitFor(what, 15*time.Second, expression, args...)
+	b.waitFor(what, patience/2, expression, args...)
 }
 
 func (b *browser) waitFor(what string, d time.Duration, expression string, args ...any) {
@@ -7521,11 +7521,11 @@ func (b *browser) hasText(text string) {
 // A check is what must become true on the page: a sentence, and a JS expression for it.
 type check struct{ what, js string }
 
-// checks reports every check that is not true within ten seconds, which is long also on a busy machine.
+// checks reports every check that is not true within twenty seconds, long also on a busy machine.
 func (b *browser) checks(list ...check) {
 	b.t.Helper()
 	for _, c := range list {
-		err := b.becomes(10*time.Second, c.js)
+		err := b.becomes(patience/3, c.js)
 		expect(b.t, err == nil, "not so: %s (%s) %v", c.what, c.js, err)
 	}
 }
@@ -7558,6 +7558,7 @@ func visit(t *testing.T, language ...string) (*browser, *pageRelay) {
 }
 
 func TestPageTwoPeople(t *testing.T) {
+	t.Parallel()
 	a, p := visit(t)
 	b := startBrowser(t)
 	b.login(p.url(), "Ada")
@@ -7625,6 +7626,7 @@ func TestPageTwoPeople(t *testing.T) {
 }
 
 func TestPageText(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	for _, text := range []string{
 		"<b>bold</b>", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;i&gt; &amp;",
@@ -7757,7 +7759,7 @@ func id() string { return fmt.Sprintf("id-of-a-test-%06d", lastID.Add(1)) }
 
 // Texts that are dear to lay out: a page of them comes in at most three times the time of a page of
 // plain ones.
-func TestPageHostileTexts(t *testing.T) {
+func TestPageHostileTexts(t *testing.T) { // alone: it measures
 	b := startBrowser(t)
 	const messages = 200
 	fill := func(text string) (url string) {
@@ -7808,6 +7810,7 @@ func TestPageHostileTexts(t *testing.T) {
 }
 
 func TestPageIME(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	key := func(kind string, code int) {
 		b.cdp("Input.dispatchKeyEvent", map[string]any{"type": kind, "key": "Enter", "code": "Enter",
@@ -7859,6 +7862,7 @@ func TestPageIME(t *testing.T) {
 }
 
 func TestPageFaults(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	fault := func(status int) { p.set(func() { p.status["/post"] = status }) }
 	once := func(text string) {
@@ -8042,6 +8046,7 @@ func TestPageFaults(t *testing.T) {
 
 // A message whose event is lost: the gap tells of it, before or after the answer.
 func TestPageOwnMessageInAGap(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	p.says(b, "Ada", "before")
 	gap := func(n int) {
@@ -8090,6 +8095,7 @@ const gapAndPing = "event: gap\ndata:\n\nevent: ping\ndata:\n\n"
 // An id is a key and, behind a ~, a tail of the server's: the key says which message it is, the
 // whole id is a place in the stream.
 func TestPageKeys(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	p.set(func() { p.status["/post"] = 204 }) // the server gets nothing, so that no event comes
 	b.say("mine")
@@ -8122,6 +8128,7 @@ func TestPageKeys(t *testing.T) {
 // After a gap the history comes again: rows that are new find their place among those that are
 // there, and the line is drawn only where the history does not reach back to one of them.
 func TestPageHistoryAgain(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	b.size(800, 400)
 	line := func(key, who string) string {
@@ -8166,6 +8173,7 @@ func TestPageHistoryAgain(t *testing.T) {
 
 // The worker knows the place of a gap, whose id is one like any other's.
 func TestPageWorkerKnowsGaps(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	b.says("before")
 	p.send("event: gap\nid: gap-1111111111111111~abcdefgh\ndata:\n\n" + frame("key-of-a-message-h~abcdefgh", "[10:00:00] Ada: history") +
@@ -8191,6 +8199,7 @@ func TestPageWorkerKnowsGaps(t *testing.T) {
 
 // Everything at once, by chance: what is written arrives once, and in order.
 func TestPageStorm(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	seed := time.Now().UnixNano()
 	t.Logf("seed %d", seed)
@@ -8226,6 +8235,7 @@ func TestPageStorm(t *testing.T) {
 
 // Back from another page, perhaps out of the browser's cache, whose stream is of unknown health.
 func TestPageBack(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	b.says("before")
 	other := newClient(t, p.target).login("Ada")
@@ -8241,6 +8251,7 @@ func TestPageBack(t *testing.T) {
 
 // Whoever is quick writes before the script is here: the page is open, the network is slow.
 func TestPageTypedEarly(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	b.inject(`
 		new MutationObserver((_, observer) => { // scripts of the page run when all of it is read
@@ -8267,6 +8278,7 @@ func TestPageTypedEarly(t *testing.T) {
 }
 
 func TestPageHeldBack(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	p.set(func() { p.hold, p.opened = true, nil })
 	b.say("before")
@@ -8286,6 +8298,7 @@ func TestPageHeldBack(t *testing.T) {
 }
 
 func TestPageTabs(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	first := b.tab()
 	for range 7 {
@@ -8333,6 +8346,7 @@ func TestPageTabs(t *testing.T) {
 }
 
 func TestPageWithoutWorker(t *testing.T) {
+	t.Parallel()
 	b := startBrowser(t)
 	p := startPageRelay(t, startRoom(t).url)
 	without := func() {
@@ -8394,6 +8408,7 @@ func TestPageWithoutWorker(t *testing.T) {
 
 // A server that has not found its room yet says "wait", and pings: that is not a connection.
 func TestPageWait(t *testing.T) {
+	t.Parallel()
 	b := startBrowser(t)
 	p := startPageRelay(t, startRoom(t).url)
 	p.instead = "event: wait\ndata:\n\nevent: ping\ndata:\n\n"
@@ -8410,6 +8425,7 @@ func TestPageWait(t *testing.T) {
 
 // A worker that never answers is one that the page does without.
 func TestPageDeadWorker(t *testing.T) {
+	t.Parallel()
 	b := startBrowser(t)
 	b.inject(`
 		window.SharedWorker = class { port = { postMessage() {} } };
@@ -8425,6 +8441,7 @@ func TestPageDeadWorker(t *testing.T) {
 // Safari starts a worker that died anew and hands it the ports of its tabs: each joins again, and
 // asks for what follows the last message it has.
 func TestPageWorkerStartedAnew(t *testing.T) {
+	t.Parallel()
 	b := startBrowser(t)
 	b.inject(`
 		window.asked = [];
@@ -8455,6 +8472,7 @@ func TestPageWorkerStartedAnew(t *testing.T) {
 // Out of the back/forward cache Safari brings streams to life that were closed, so the pages start
 // anew.
 func TestPageOutOfTheCache(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	b.says("kept")
 	for _, page := range []string{"/", "/lesson"} {
@@ -8466,6 +8484,7 @@ func TestPageOutOfTheCache(t *testing.T) {
 
 // In Safari the field does not grow by itself, and the log does not keep its place.
 func TestPageKeepsItsPlaceInSafari(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	b.inject(`
 		const supports = CSS.supports.bind(CSS);
@@ -8500,6 +8519,7 @@ func TestPageKeepsItsPlaceInSafari(t *testing.T) {
 // A new tab asks the worker how things stand: what the server says before its room is there does
 // not make a lost stream good.
 func TestPageNewTabWhileLost(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		what  string
 		opens int // until the page has surely been told
@@ -8520,6 +8540,7 @@ func TestPageNewTabWhileLost(t *testing.T) {
 }
 
 func TestPageScroll(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	many := func(n int, text string) {
 		var s strings.Builder
@@ -8623,6 +8644,7 @@ func TestPageScroll(t *testing.T) {
 
 // In a room where somebody speaks all the time, the reader's hand decides.
 func TestPageBusyRoom(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	b.size(800, 500)
 	n := 0
@@ -8716,6 +8738,7 @@ func TestPageBusyRoom(t *testing.T) {
 
 // Where the clock runs back it is another day; where somebody was away, a line says what is new.
 func TestPageDays(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	for _, m := range []struct{ at, text string }{
 		{"23:58:00", "late"}, {"23:59:30", "later"}, {"00:01:00", "early"}, {"23:59:59", "a day of silence later"},
@@ -8751,6 +8774,7 @@ func TestPageDays(t *testing.T) {
 
 // The session is over: the room was in memory, and has been started anew.
 func TestPageComingBack(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	other := startRoom(t).url
 	p.set(func() { p.target = other })
@@ -8799,6 +8823,7 @@ func TestLoginLeadsBack(t *testing.T) {
 
 // Without script a page says that it needs one, and offers nothing that half works.
 func TestPageWithoutScript(t *testing.T) {
+	t.Parallel()
 	b := startBrowser(t)
 	url := startRoom(t).url
 	b.login(url, "小明")
@@ -8815,6 +8840,7 @@ func TestPageWithoutScript(t *testing.T) {
 
 // The smallest screens and the largest.
 func TestPageSizes(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	for i := range 30 {
 		p.send(frame(id(), fmt.Sprintf("[10:00:00] Ada: line %d", i)))
@@ -8870,6 +8896,7 @@ func TestPageSizes(t *testing.T) {
 
 // A disc shows the first character that is seen, not half a flag; emoji that stand alone are large.
 func TestPageEmoji(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	for _, c := range []struct{ name, initial string }{
 		{"🐼 Panda", "🐼"}, {"🇨🇳Chen", "🇨🇳"}, {"👍🏽ok", "👍🏽"}, {"e\u0301mile", "E\u0301"}, {"1\u20e3", "1\u20e3"}, {"ßtefan", "SS"}, {"小红", "小"},
@@ -8896,6 +8923,7 @@ func TestPageEmoji(t *testing.T) {
 // Whose message it is, is decided by the keys that this browser has sent, not by a name that
 // anybody can take.
 func TestPageOwn(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	own := func(text string) string { return fmt.Sprintf("row('%s').classList.contains('own')", text) }
 	b.says("mine")
@@ -8947,6 +8975,7 @@ func TestPageOwn(t *testing.T) {
 }
 
 func TestPageLooks(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	long := strings.Repeat("WordWithoutEnd", 40)
 	p.send(frame(id(), "[10:00:00] Ada: "+long))
@@ -9062,6 +9091,7 @@ func (b *browser) colours(what string) {
 }
 
 func TestPageStructure(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		lang, html string
 		list       []check
@@ -9110,6 +9140,7 @@ func TestPageStructure(t *testing.T) {
 }
 
 func TestPageProjector(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	b.size(1920, 1080)
 	b.enter(p.url() + "/?view=projector")
@@ -9149,6 +9180,7 @@ func TestPageProjector(t *testing.T) {
 }
 
 func TestPageClean(t *testing.T) {
+	t.Parallel()
 	b, p := visit(t)
 	b.say("a whole visit https://example.com/ `code`")
 	b.hasText("a whole visit https://example.com/ code")
@@ -9193,6 +9225,7 @@ func TestPageClean(t *testing.T) {
 // The oldest browsers that README promises. What they lack is not used, or has something else to
 // stand on. (The versions are those of MDN's compatibility data.)
 func TestPageFloor(t *testing.T) {
+	t.Parallel()
 	floor := []float64{86, 78, 15.4} // Chromium, Firefox, Safari
 	readme := readFile(t, "README.md")
 	want := fmt.Sprintf("Chromium %v, Firefox %v, Safari %v", floor[0], floor[1], floor[2])
@@ -9264,6 +9297,7 @@ func TestPageFloor(t *testing.T) {
 
 // Every text is there in both languages, is used, and is what the templates and the scripts ask for.
 func TestPageStrings(t *testing.T) {
+	t.Parallel()
 	texts := newTestServer(t, &config{}, t.Logf).texts
 	asks, blank := regexp.MustCompile(`(?:\bT\.|say\(')([a-z_]+)`), regexp.MustCompile(`{\w}`)
 	used := []string{"connecting", "live", "reconnecting", "offline", // T[state]
@@ -11668,6 +11702,7 @@ func TestLayout(t *testing.T) {
 // Every page is made in every language, links only to what exists, and brings no code of its
 // own.
 func TestPagesAreWhole(t *testing.T) {
+	t.Parallel()
 	s := newTestServer(t, &config{}, t.Logf)
 	links := regexp.MustCompile(`(?:src|href|action)="([^"]*)"`)
 	routes := []string{"", "./", "login", "logout", "post", "lesson"} // relative: the room may lie below a path
