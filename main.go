@@ -145,7 +145,7 @@ import (
 const (
 	ringSize   = 4096     // entries of the log, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
-	pieceSize  = 4 << 10  // bytes of WebSocket frames that are made and written at once
+	bufferSize = 18 << 10 // bytes of WebSocket frames: a block, and the head of each
 	maxName    = 24       // code points of a name
 	maxMarks   = 3        // marks in a row in a name, on one letter
 	maxMessage = 4000     // code points of a message
@@ -1244,9 +1244,9 @@ type server struct {
 	streams  chan struct{} // holds one for each stream, as many as may be
 	full     limiter       // of telling the log that they are too many
 
-	pieces sync.Pool       // of [pieceSize]byte, in which WebSockets make frames
-	cut    context.Context // when it ends, so does the connection of every stream
-	cutOff func()
+	buffers sync.Pool       // of [bufferSize]byte, in which WebSockets make frames
+	cut     context.Context // when it ends, so does the connection of every stream
+	cutOff  func()
 }
 
 // fileLimit returns how many descriptors the process may open, of a boundless limit so many that
@@ -1262,7 +1262,7 @@ func fileLimit() int {
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf}
-	s.pieces.New = func() any { return new([pieceSize]byte) }
+	s.buffers.New = func() any { return new([bufferSize]byte) }
 	s.cut, s.cutOff = context.WithCancel(context.Background())
 	s.tally = tally{logf: logf, answers: map[string]uint64{"204": 0},
 		refused: map[string]uint64{"logins": 0, "passwords": 0, "posts": 0}}
@@ -2162,7 +2162,7 @@ type webSocket struct {
 	net.Conn
 	in      io.Reader                 // what came with the handshake, then the connection
 	head    []byte                    // of the answer, until it is written with the first event
-	pieces  *sync.Pool                // the server's
+	buffers *sync.Pool                // the server's
 	post    func(event string) []byte // returns the reply
 	gone    chan time.Time            // closed when nothing more comes from the peer
 	awaited atomic.Bool               // there was a ping, and nothing came since
@@ -2231,7 +2231,7 @@ func (s *server) upgrade(w http.ResponseWriter, r *http.Request, key string) {
 		}
 		return reply(s.accept(s.cut, sess, from, key, text))
 	}
-	st.poll, st.conn = false, &webSocket{pieces: &s.pieces, post: post, gone: make(chan time.Time)}
+	st.poll, st.conn = false, &webSocket{buffers: &s.buffers, post: post, gone: make(chan time.Time)}
 	accept := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
 	s.takeOver(w, st, "101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
 		"Sec-WebSocket-Accept: "+base64.StdEncoding.EncodeToString(accept[:]))
@@ -2269,17 +2269,15 @@ func reply(status int, said string, wait time.Duration) []byte {
 // Write writes events. With the ping of a silence goes one that the peer's library answers. Nothing
 // is heard before the first event is out, so no reply comes before retry:.
 func (ws *webSocket) Write(b []byte) (int, error) {
-	piece := ws.pieces.Get().(*[pieceSize]byte)
-	defer ws.pieces.Put(piece)
-	frames, op := append(piece[:0], ws.head...), byte(opText)
-	for event := range bytes.SplitAfterSeq(b, []byte("\n\n")) {
-		if len(frames) > 0 && len(frames)+len(event) > pieceSize {
-			ws.put(frames, opText)
-			frames = frames[:0]
+	buffer := ws.buffers.Get().(*[bufferSize]byte)
+	defer ws.buffers.Put(buffer)
+	frames, op := append(buffer[:0], ws.head...), byte(opText)
+	for rest := b; len(rest) > 0; {
+		end := bytes.IndexByte(rest, '\n') + 1
+		for rest[end] != '\n' { // a blank line ends the event
+			end += bytes.IndexByte(rest[end:], '\n') + 1
 		}
-		if len(event) > 0 {
-			frames = appendFrame(frames, opText, event)
-		}
+		frames, rest = appendFrame(frames, opText, rest[:end+1]), rest[end+1:]
 	}
 	if bytes.Equal(b, pingFrame) {
 		frames, op = appendFrame(frames, opPing, nil), opPing
@@ -2943,7 +2941,7 @@ func (f *feed) hear(channel, text string) error {
 		}
 	case channel == f.channel+":id":
 		if announcedID(text) {
-			f.id = strings.Clone(text)
+			f.id = text
 		}
 	case channel == f.channel:
 		f.receive(text)
