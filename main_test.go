@@ -10916,8 +10916,7 @@ func TestWebSocketInDocuments(t *testing.T) {
 		`["anonymous: hello from the console", '{"status":204,"id":"'].every((part) => said.some((text) => text.includes(part)))`)
 }
 
-// BenchmarkWebSocket is the fan-out through WebSockets beside the same through /stream. In a burst what a
-// delivery costs depends most of all on how many messages go out at once, so compare where that is alike.
+// BenchmarkWebSocket is the fan-out through WebSockets beside the same through /stream.
 func BenchmarkWebSocket(b *testing.B) {
 	beside(b, "stream", pinnedRoom, rawGet("/stream"))
 	beside(b, "websocket", pinnedRoom, shake("/ws"))
