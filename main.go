@@ -1935,10 +1935,10 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	put("posts_total", "Messages that came, by the status they got.", "status", answers)
 	put("refused_total", "What the limits refused.", "what", refused)
 	if b := s.room.broker; b != nil {
-		joined, joins, writes := b.numbers()
+		joined := map[bool]uint64{true: 1}[b.away() == nil]
 		one("redis_joined", "Whether the room is joined through Redis; 0 while it is away.", joined)
-		one("redis_joins_total", "How often it was joined.", joins)
-		one("redis_writes_total", "Lists that were written back because Redis forgot.", writes)
+		one("redis_joins_total", "How often it was joined.", b.joins.Load())
+		one("redis_writes_total", "Lists that were written back because Redis forgot.", b.wrote.Load())
 	}
 }
 
@@ -2499,13 +2499,13 @@ type broker struct {
 
 	outgoing chan *attempt
 	asking   chan struct{} // gets something when somebody asks for a round trip
+	joins    atomic.Uint64 // how often the room was joined
+	wrote    atomic.Uint64 // lists written back
 
 	mu     sync.Mutex      // guards all below
 	why    error           // why the room is away; nil while it is joined
 	since  time.Time       // when it went away
 	logged map[string]bool // the reasons that were logged since
-	joins  uint64          // how often it was joined
-	wrote  uint64          // lists written back
 	asked  chan struct{}   // the round trip to come; nil while nobody asks for one
 	begun  []chan struct{} // those asked for that have begun; closed when one is over
 }
@@ -2557,16 +2557,6 @@ func guarded(f func() error) (err error) {
 		}
 	}()
 	return f()
-}
-
-// numbers returns 1 while the room is joined, how often it was, and how many lists it wrote back.
-func (b *broker) numbers() (joined, joins, wrote uint64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.why == nil {
-		joined = 1
-	}
-	return joined, b.joins, b.wrote
 }
 
 // away returns why the room is away, nil while it is not.
@@ -2840,9 +2830,7 @@ func (b *broker) writeList(c redis.Conn, f *feed) error {
 	c.Send("PUBLISH", b.channel+":probe", rewritten+f.probe)
 	if _, err = commit(c); err == nil {
 		f.begin(log, rewritten+f.probe, len(items), false)
-		b.mu.Lock()
-		b.wrote++
-		b.mu.Unlock()
+		b.wrote.Add(1)
 		b.logf("redis had forgotten; the history was written back, %d messages", len(items))
 	}
 	return err
@@ -3131,22 +3119,18 @@ func (b *broker) send(c redis.Conn, f *feed, batch []*attempt) (err error) {
 	if err != nil {
 		return err
 	}
-	forgot := false
 	for one := range slices.Chunk(replies, 6) {
-		inside, err := results(one)
-		if err != nil {
-			return err
+		inside, bad := results(one)
+		if bad != nil {
+			return bad
 		}
 		if length, _ := inside[0].(int64); length <= least {
-			forgot = true
+			err = errForgot // but this post is in the room
 		}
 		batch[0].done <- nil
 		batch = batch[1:]
 	}
-	if forgot {
-		return errForgot
-	}
-	return nil
+	return err
 }
 
 // setAway notes why the room is away, and says so, each reason once until it is joined again.
@@ -3181,7 +3165,7 @@ func (b *broker) setJoined() {
 	}
 	b.why, b.logged = nil, nil
 	if was != nil {
-		b.joins++
+		b.joins.Add(1)
 	}
 	b.mu.Unlock()
 	if was != nil {
