@@ -11,7 +11,8 @@ The tests, in the order of this file, and what of README.md's promises each part
 	redis      the contract with other programs; what is in the list; who knows an id; start and usage
 	faults     204 is in the room, once, in one order, whatever Redis and the network do
 	hosting    Redis by name, behind TLS, with few rights, in a cluster, failing over (CHAT_TEST_REDIS=valkey-server)
-	mixed      all of them at once over real HTTP (CHAT_MIXED=10m, CHAT_SEED)
+	model      reconcile, in a table; and all of the agreement with a Redis of a few lines, by seeds (CHAT_MODEL, CHAT_SEED)
+	mixed      all faults at once over real HTTP (CHAT_MIXED=10m, CHAT_SEED)
 	readers    what one costs who reads slowly, or not, or leaves, through a WebSocket too; descriptors
 	pages      in a real browser: the chat page, the lesson
 	websocket  RFC 6455 over raw sockets; fuzz; Python, Chromium, nginx and Caddy
@@ -4951,7 +4952,7 @@ func (r *relay) lets(chunk []byte, answer bool) (passes, late bool) {
 	return passes, late
 }
 
-// ---- redis as people run it ----
+// ---- hosting ----
 
 // A testName is what the name server of the tests knows of a name. That one stands in front of the
 // machine's own for all tests, none of which asks for a name beyond this machine.
@@ -7004,7 +7005,7 @@ func TestFewDescriptors(t *testing.T) {
 	p.changed("joined", "away", "joined")
 }
 
-// ---- the server, and a proxy in front of it that can fail ----
+// ---- pages: a relay that can fail ----
 
 // A pageRelay stands between browser and server, and does to the traffic what networks do.
 type pageRelay struct {
@@ -7201,7 +7202,7 @@ func frame(id, line string) string {
 	return "id: " + id + "\ndata: " + strings.ReplaceAll(line, "\n", "\ndata: ") + "\n\n"
 }
 
-// ---- a browser ----
+// ---- pages: a browser ----
 
 type browser struct {
 	t       *testing.T
@@ -7530,7 +7531,7 @@ func (b *browser) checks(list ...check) {
 	}
 }
 
-// ---- what is seen ----
+// ---- pages: what is seen ----
 
 // Short names for the scripts of the checks.
 const short = `
@@ -11729,6 +11730,8 @@ func allMatches(re *regexp.Regexp, text string) (all []string) {
 	}
 	return all
 }
+
+// ---- benchmarks ----
 
 // A crowd is readers on connections of their own, who count the messages that reach them. Each
 // message of a benchmark has one "^", and after it the nanoseconds at which it was posted, as
