@@ -741,8 +741,8 @@ func (l *Log) idOf(key string) string {
 	return ""
 }
 
-// next returns what is closed at the next entry.
-func (l *Log) next() <-chan struct{} {
+// addition returns what is closed at the next entry.
+func (l *Log) addition() <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.added == nil {
@@ -2588,12 +2588,12 @@ func (b *broker) publish(ctx context.Context, e entry) (id string, err error) {
 		err = ctx.Err()
 	}
 	for err == nil {
-		next := b.log.next()
+		added := b.log.addition()
 		if id := b.log.idOf(key); id != "" {
 			return id, nil
 		}
 		select {
-		case <-next:
+		case <-added:
 		case <-ctx.Done():
 			err = ctx.Err()
 		}

@@ -1346,14 +1346,14 @@ func TestRounds(t *testing.T) {
 			synctest.Wait()
 			time.Sleep(heartbeat - time.Second)
 			start = time.Now()
-			next := l.next()
+			added := l.addition()
 			for i := range 9 { // at 0, 1/4, 2/4, ... of the pause
 				if i%4 != 0 || i == 0 {
 					l.append(numbered(i, i+1)[0])
 					synctest.Wait()
 					select {
-					case <-next:
-						next = l.next()
+					case <-added:
+						added = l.addition()
 					default:
 						t.Errorf("%d readers: a post waits for a round", test.readers)
 					}
