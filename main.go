@@ -1293,7 +1293,8 @@ func capacity(files int) (conns, streams int) {
 
 // loadAssets parses the embedded pages and texts.
 func (s *server) loadAssets() error {
-	pages, err := template.New("").Option("missingkey=error").ParseFS(assets, "assets/*.html")
+	pages, err := template.New("").Option("missingkey=error").ParseFS(assets,
+		"assets/*.html", "assets/metrics.txt")
 	texts, err2 := assets.ReadFile("assets/strings.json")
 	s.pages = pages
 	return cmp.Or(err, err2, json.Unmarshal(texts, &s.texts))
@@ -1911,35 +1912,17 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
-	put := func(name, help, label string, values map[string]uint64) {
-		kind := map[bool]string{true: "counter", false: "gauge"}[strings.HasSuffix(name, "_total")]
-		fmt.Fprintf(w, "# HELP chat_%s %s\n# TYPE chat_%[1]s %[3]s\n", name, help, kind)
-		for _, value := range slices.Sorted(maps.Keys(values)) {
-			labels := ""
-			if label != "" {
-				labels = fmt.Sprintf("{%s=%q}", label, value)
-			}
-			fmt.Fprintf(w, "chat_%s%s %d\n", name, labels, values[value])
-		}
-	}
-	one := func(name, help string, n uint64) { put(name, help, "", map[string]uint64{"": n}) }
 	held, out, size := s.room.log.numbers()
 	answers, refused := s.tally.totals()
-	one("connections", "Open connections, streams among them.", uint64(s.conns.Load()))
-	one("connections_limit", "Connections that the limit of open files allows.", uint64(s.maxConns))
-	one("readers", "Open streams.", uint64(len(s.streams)))
-	one("readers_limit", "Streams among the connections at most.", uint64(cap(s.streams)))
-	one("messages_held", "Entries of the log.", held)
-	one("messages_out_total", "Entries that readers got.", out)
-	one("bytes_out_total", "Bytes of these.", size)
-	put("posts_total", "Messages that came, by the status they got.", "status", answers)
-	put("refused_total", "What the limits refused.", "what", refused)
+	numbers := map[string]any{"conns": s.conns.Load(), "maxConns": s.maxConns,
+		"readers": len(s.streams), "maxReaders": cap(s.streams),
+		"held": held, "out": out, "bytes": size, "answers": answers, "refused": refused,
+		"broker": map[string]any(nil)}
 	if b := s.room.broker; b != nil {
-		joined := map[bool]uint64{true: 1}[b.away() == nil]
-		one("redis_joined", "Whether the room is joined through Redis; 0 while it is away.", joined)
-		one("redis_joins_total", "How often it was joined.", b.joins.Load())
-		one("redis_writes_total", "Lists that were written back because Redis forgot.", b.wrote.Load())
+		numbers["broker"] = map[string]any{"away": b.away() != nil, "joins": b.joins.Load(),
+			"wrote": b.wrote.Load()}
 	}
+	s.pages.ExecuteTemplate(w, "metrics.txt", numbers)
 }
 
 // asset serves an embedded file, named by its content for the browser's cache.
