@@ -2151,6 +2151,8 @@ func TestMetrics(t *testing.T) {
 	}
 	n := after["chat_bytes_out_total"]
 	expect(t, n >= 60 && n <= 80, "one message has %d bytes", n)
+	c.stream("", "").until("ping")
+	same(t, numbers()["chat_readers"], 1, "readers")
 	r.kill()
 	eventually(t, "Redis to be away", func() bool { return numbers()["chat_redis_joined"] == 0 })
 	r.start()
