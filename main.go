@@ -2249,8 +2249,8 @@ func reply(status int, said string, wait time.Duration) []byte {
 	return fmt.Appendf(nil, "event: reply\ndata: {\"status\":%d,%q:%s}\n\n", status, what, text)
 }
 
-// Write writes events. With the ping of a silence goes one that the peer's library answers. Nothing
-// is heard before the first event is out, so no reply comes before retry:.
+// Write writes the stream's events. With the ping of a silence goes one that the peer's library
+// answers. Nothing is heard before the first event is out, so no reply comes before retry:.
 func (ws *webSocket) Write(b []byte) (int, error) {
 	buffer := ws.buffers.Get().(*[bufferSize]byte)
 	defer ws.buffers.Put(buffer)
@@ -2340,7 +2340,7 @@ func (ws *webSocket) listen() {
 			io.Copy(io.Discard, ws.Conn)
 			return
 		case op <= opText && last:
-			ws.Write(ws.post(string(message)))
+			ws.put(appendFrame(nil, opText, ws.post(string(message))), opText)
 			message = nil
 		}
 	}
