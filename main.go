@@ -1557,17 +1557,15 @@ type view struct {
 }
 
 // show writes a page. Pages are about one person, so nothing keeps them.
-func (s *server) show(w http.ResponseWriter, r *http.Request, status int, page string, v view) {
+func (s *server) show(w http.ResponseWriter, r *http.Request, status int, name string, v view) {
 	v.Lang = language(r.Header.Get("Accept-Language"))
 	v.T = s.texts[v.Lang]
 	if v.Char != "" {
 		v.T = maps.Clone(v.T)
 		v.T[v.Error] = strings.Replace(v.T[v.Error], "{c}", v.Char, 1)
 	}
-	var b bytes.Buffer
-	if err := s.pages.ExecuteTemplate(&b, page, v); err != nil {
-		s.logf("making %s: %v", page, err)
-		http.Error(w, "this page is broken", http.StatusInternalServerError)
+	page := s.render(w, name, v)
+	if page == nil {
 		return
 	}
 	protect(w.Header())
@@ -1575,7 +1573,18 @@ func (s *server) show(w http.ResponseWriter, r *http.Request, status int, page s
 	w.Header().Set("Content-Language", v.Lang)
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
-	w.Write(b.Bytes())
+	w.Write(page)
+}
+
+// render makes a page from its template, or answers that it is broken and returns nil.
+func (s *server) render(w http.ResponseWriter, name string, v any) []byte {
+	var b bytes.Buffer
+	if err := s.pages.ExecuteTemplate(&b, name, v); err != nil {
+		s.logf("making %s: %v", name, err)
+		http.Error(w, "this page is broken", http.StatusInternalServerError)
+		return nil
+	}
+	return b.Bytes()
 }
 
 // language returns which of zh and en the header prefers (RFC 9110, section 12.5.4), else en.
@@ -1912,17 +1921,18 @@ func (s *server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
-	held, out, size := s.room.log.numbers()
-	answers, refused := s.tally.totals()
-	numbers := map[string]any{"conns": s.conns.Load(), "maxConns": s.maxConns,
-		"readers": len(s.streams), "maxReaders": cap(s.streams),
-		"held": held, "out": out, "bytes": size, "answers": answers, "refused": refused,
-		"broker": map[string]any(nil)}
+	var shared map[string]any // nil: in memory
 	if b := s.room.broker; b != nil {
-		numbers["broker"] = map[string]any{"away": b.away() != nil, "joins": b.joins.Load(),
+		shared = map[string]any{"away": b.away() != nil, "joins": b.joins.Load(),
 			"wrote": b.wrote.Load()}
 	}
-	s.pages.ExecuteTemplate(w, "metrics.txt", numbers)
+	held, out, size := s.room.log.numbers()
+	answers, refused := s.tally.totals()
+	w.Write(s.render(w, "metrics.txt", map[string]any{
+		"conns": s.conns.Load(), "maxConns": s.maxConns,
+		"readers": len(s.streams), "maxReaders": cap(s.streams),
+		"held": held, "out": out, "bytes": size,
+		"answers": answers, "refused": refused, "shared": shared}))
 }
 
 // asset serves an embedded file, named by its content for the browser's cache.

@@ -2106,7 +2106,7 @@ func TestMetrics(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
 	c := newClient(t, r.room("-rate", "5", "CHAT_PASSWORD=geheim").joined().url)
-	numbers := func() map[string]int {
+	numbers := func(c *client) map[string]int {
 		t.Helper()
 		got := c.get("/metrics")
 		same(t, got.header.Get("Content-Type"), "text/plain; version=0.0.4; charset=utf-8", "Content-Type is")
@@ -2134,13 +2134,14 @@ func TestMetrics(t *testing.T) {
 	c.post("one")
 	c.post(" ")
 	c.get("/stream?wait=0")
-	before := numbers()
+	eventually(t, "the poll's connection to be gone", func() bool { return numbers(c)["chat_readers"] == 0 })
+	before := numbers(c)
 	eventually(t, "a password to be refused", func() bool {
 		return c.do("POST", "/login", form("user", "小明", "password", "wrong")).status == 429
 	})
 	dial(t, c.url)
-	eventually(t, "one more connection", func() bool { return numbers()["chat_connections"] == before["chat_connections"]+1 })
-	after := numbers()
+	eventually(t, "one more connection", func() bool { return numbers(c)["chat_connections"] == before["chat_connections"]+1 })
+	after := numbers(c)
 	limit := after["chat_connections_limit"]
 	expect(t, after["chat_redis_joined"] == 1 && limit > busyConns && after["chat_readers_limit"] == limit-limit/8 &&
 		before[`chat_refused_total{what="passwords"}`] == 0 && after[`chat_refused_total{what="passwords"}`] == 1,
@@ -2152,11 +2153,16 @@ func TestMetrics(t *testing.T) {
 	n := after["chat_bytes_out_total"]
 	expect(t, n >= 60 && n <= 80, "one message has %d bytes", n)
 	c.stream("", "").until("ping")
-	same(t, numbers()["chat_readers"], 1, "readers")
+	same(t, numbers(c)["chat_readers"], 1, "readers")
 	r.kill()
-	eventually(t, "Redis to be away", func() bool { return numbers()["chat_redis_joined"] == 0 })
+	eventually(t, "Redis to be away", func() bool { return numbers(c)["chat_redis_joined"] == 0 })
 	r.start()
-	eventually(t, "the list to be written back", func() bool { return numbers()["chat_redis_writes_total"] == 1 })
+	eventually(t, "the list to be written back", func() bool { return numbers(c)["chat_redis_writes_total"] == 1 })
+
+	inMemory := numbers(newClient(t, startRoom(t).url))
+	_, last := inMemory[`chat_refused_total{what="posts"}`]
+	_, joined := inMemory["chat_redis_joined"]
+	expect(t, last && !joined, "a room in memory tells %v", inMemory)
 
 	s := newTestServer(t, &config{}, t.Logf)
 	for _, test := range []struct {
