@@ -145,7 +145,7 @@ import (
 const (
 	ringSize   = 4096     // entries of the log, and those of the Redis list that are history
 	blockSize  = 16 << 10 // bytes of frames that lie side by side and are written at once
-	bufferSize = 18 << 10 // bytes of WebSocket frames: a block, and the head of each
+	framesSize = 18 << 10 // bytes of a block's events as WebSocket frames, a head on each
 	maxName    = 24       // code points of a name
 	maxMarks   = 3        // marks in a row in a name, on one letter
 	maxMessage = 4000     // code points of a message
@@ -1244,7 +1244,7 @@ type server struct {
 	streams  chan struct{} // holds one for each stream, as many as may be
 	full     limiter       // of telling the log that they are too many
 
-	buffers sync.Pool       // of [bufferSize]byte, in which WebSockets make frames
+	buffers sync.Pool       // of [framesSize]byte, in which WebSockets make frames
 	cut     context.Context // when it ends, so does the connection of every stream
 	cutOff  func()
 }
@@ -1262,7 +1262,7 @@ func fileLimit() int {
 
 func newServer(cfg *config, logf func(string, ...any)) (*server, error) {
 	s := &server{cfg: cfg, logf: logf}
-	s.buffers.New = func() any { return new([bufferSize]byte) }
+	s.buffers.New = func() any { return new([framesSize]byte) }
 	s.cut, s.cutOff = context.WithCancel(context.Background())
 	s.tally = tally{logf: logf, answers: map[string]uint64{"204": 0},
 		refused: map[string]uint64{"logins": 0, "passwords": 0, "posts": 0}}
@@ -2262,7 +2262,7 @@ func reply(status int, said string, wait time.Duration) []byte {
 // Write writes the stream's events. With the ping of a silence goes one that the peer's library
 // answers. Nothing is heard before the first event is out, so no reply comes before retry:.
 func (ws *webSocket) Write(b []byte) (int, error) {
-	buffer := ws.buffers.Get().(*[bufferSize]byte)
+	buffer := ws.buffers.Get().(*[framesSize]byte)
 	defer ws.buffers.Put(buffer)
 	frames, op := append(buffer[:0], ws.head...), byte(opText)
 	for rest := b; len(rest) > 0; {
