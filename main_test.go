@@ -9282,6 +9282,7 @@ func TestPageFloor(t *testing.T) {
 		{"color-mix", style, `color-mix\(`, []float64{111, 113, 16.2}, `background: var\(--line\); background: color-mix`},
 		{"dvh", style, `\ddvh`, []float64{108, 101, 15.4}, `height: 100vh;\s+(min-)?height: 100dvh`},
 		{"field-sizing", style, `field-sizing`, []float64{123, 152, 26.2}, `@supports \(field-sizing: content\)`},
+		{"scrollbar-color", style, `scrollbar-color`, []float64{121, 64, 26.2}, `color-scheme: light dark;\s+scrollbar-color`},
 		{"nesting", style, `(?m)^\s*&`, []float64{112, 117, 16.5}, ""},
 		{"layers and containers", style, `@(layer|container)`, []float64{99, 97, 15.4}, ""},
 		{"lh", style, `\d(r?lh)\b`, []float64{109, 120, 16.4}, ""},
@@ -9650,6 +9651,8 @@ func TestLessonLooks(t *testing.T) {
 				if (document.scrollingElement.scrollWidth > document.documentElement.clientWidth) wrong.push('scrolls sideways');
 				for (const n of $$('a:not(.skip), button, input:not([type=radio]), fieldset label')) if (seen(n) && n.getBoundingClientRect().height < 44) wrong.push('under 44 px: ' + n.outerHTML.slice(0, 60));
 				for (const n of $$('main *, header *')) if (seen(n) && !n.closest('.strip, .newest, .unseen') && n.getBoundingClientRect().right > innerWidth + .5) wrong.push('cut off: ' + n.outerHTML.slice(0, 60));
+				for (const n of $$('.lane b')) { const text = document.createRange(); text.selectNodeContents(n);
+					if (text.getBoundingClientRect().right + 3 > n.nextElementSibling.getBoundingClientRect().left) wrong.push('touches the time line: ' + n.textContent); }
 				for (const n of $$('dd, h1, h2, button, .lane b')) if (n.scrollWidth > n.clientWidth + 1) wrong.push('too narrow: ' + n.outerHTML.slice(0, 60));
 				return wrong;`) {
 				t.Errorf("%s, %d × %d: %s", c.lang, size[0], size[1], wrong)
