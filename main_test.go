@@ -7407,10 +7407,14 @@ func js[T any](b *browser, script string, args ...any) T {
 	return call[T](b, "POST", "/execute/sync", map[string]any{"script": script, "args": append([]any{}, args...)})
 }
 
+// promptly is how long a page may take for what it does at once, on a busy machine too. It is less
+// than a heartbeat, which would mend much that is broken.
+const promptly = heartbeat - time.Second
+
 // wait waits until the JS expression is true.
 func (b *browser) wait(what, expression string, args ...any) {
 	b.t.Helper()
-	b.waitFor(what, patience/2, expression, args...)
+	b.waitFor(what, promptly, expression, args...)
 }
 
 func (b *browser) waitFor(what string, d time.Duration, expression string, args ...any) {
@@ -7530,11 +7534,11 @@ func (b *browser) hasText(text string) {
 // A check is what must become true on the page: a sentence, and a JS expression for it.
 type check struct{ what, js string }
 
-// checks reports every check that is not true within twenty seconds, long also on a busy machine.
+// checks reports every check that does not become true.
 func (b *browser) checks(list ...check) {
 	b.t.Helper()
 	for _, c := range list {
-		err := b.becomes(patience/3, c.js)
+		err := b.becomes(promptly, c.js)
 		expect(b.t, err == nil, "not so: %s (%s) %v", c.what, c.js, err)
 	}
 }
